@@ -1,0 +1,46 @@
+"""Where on-policy data comes from: prompts, engines, rewards, the rollout loader."""
+
+if not __name__.startswith("lightning_onpolicy."):  # found through the repository root: a second copy of us
+    raise ImportError(f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository.")
+
+from typing import TYPE_CHECKING
+
+from lightning_onpolicy._lazy import attach
+
+if TYPE_CHECKING:
+    from lightning_onpolicy.datamodules.batch import Completion as Completion
+    from lightning_onpolicy.datamodules.batch import Group as Group
+    from lightning_onpolicy.datamodules.batch import Prompt as Prompt
+    from lightning_onpolicy.datamodules.batch import RolloutBatch as RolloutBatch
+    from lightning_onpolicy.datamodules.batch import Sampling as Sampling
+    from lightning_onpolicy.datamodules.batch import collate as collate
+    from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
+    from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
+    from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
+    from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
+    from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
+    from lightning_onpolicy.datamodules.sources import FileSource as FileSource
+    from lightning_onpolicy.datamodules.sources import GymSource as GymSource
+    from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Completion": "batch",
+        "DatasetSource": "sources",
+        "EvaluationLoader": "loader",
+        "FileSource": "sources",
+        "Group": "batch",
+        "GymSource": "sources",
+        "OnPolicyDataModule": "onpolicy",
+        "Prompt": "batch",
+        "PromptStream": "prompts",
+        "RolloutBatch": "batch",
+        "RolloutLoader": "loader",
+        "RolloutMaker": "loader",
+        "Sampling": "batch",
+        "SupervisedDataModule": "supervised",
+        "collate": "batch",
+    },
+)

@@ -1,0 +1,272 @@
+"""From prompts to rollout batches: the maker that does it once, and two loaders that do it for training and evaluation.
+
+Nothing here needs a Trainer::
+
+    maker = RolloutMaker(TransformersEngine(policy), policy.tokenizer, rewards={"accuracy": GymReward()})
+    for batch in RolloutLoader(stream, maker, prompts_per_batch=64, steps=100):
+        ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.engines.base import RolloutEngine
+from lightning_onpolicy.datamodules.phases import Phases
+from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.rewards.base import Reward
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable: equal parts, equal seed, on every machine and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class RolloutMaker:
+    """Makes one rollout batch: sample, decode, score, collate.
+
+    Args:
+        engine: Samples completions.
+        tokenizer: Decodes them for rewards and people.
+        rewards: Named rewards; none is fine for methods that grade tokens themselves.
+        weights: Weight of each reward in the total; default 1 each. A completion that any weighted reward could
+            not score has no total (NaN).
+        group_size: Completions per prompt.
+        sampling: How tokens are drawn.
+        before: Called before each sampling, e.g. to hand the engine the newest weights.
+        deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
+
+    Raises:
+        ValueError: If a weight names no reward.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        *,
+        rewards: Mapping[str, Reward] | None = None,
+        weights: Mapping[str, float] | None = None,
+        group_size: int = 4,
+        sampling: Sampling | None = None,
+        before: Callable[[RolloutEngine], None] | None = None,
+        deadline_s: float | None = 1800.0,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.rewards = dict(rewards or {})
+        self.weights = {**dict.fromkeys(self.rewards, 1.0), **(weights or {})}
+        unknown = sorted(set(self.weights) - set(self.rewards))
+        if unknown:
+            raise ValueError(f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}.")
+        if group_size < 1:
+            raise ValueError(f"group_size must be >= 1, got {group_size}.")
+        self.group_size = group_size
+        self.sampling = sampling or Sampling()
+        self.before = before
+        self.phases = Phases(deadline_s)
+
+    def sample(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
+        """``group_size`` completions per prompt, decoded."""
+        if not prompts:
+            return []
+        if self.before is not None:
+            self.before(self.engine)
+        with self.phases("rollout"):
+            drawn = self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
+        texts = self.tokenizer.batch_decode(
+            [c.ids.tolist() for group in drawn for c in group], skip_special_tokens=True
+        )
+        it = iter(texts)
+        return [
+            Group(p, tuple(dataclasses.replace(c, text=next(it)) for c in group))
+            for p, group in zip(prompts, drawn, strict=True)
+        ]
+
+    def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
+        """Every reward's scores, by name."""
+        with self.phases("reward"):
+            return {name: reward.score(groups) for name, reward in self.rewards.items()}
+
+    def total(self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]) -> list[list[float | None]]:
+        """The weighted sum of the parts; None where a part with non-zero weight is None, or there is no reward."""
+        used = {name: parts[name] for name, weight in self.weights.items() if weight != 0}
+        out: list[list[float | None]] = []
+        for g, group in enumerate(groups):
+            row: list[float | None] = []
+            for i in range(len(group.completions)):
+                values = {name: scores[g][i] for name, scores in used.items()}
+                known = {name: v for name, v in values.items() if v is not None}
+                complete = bool(used) and len(known) == len(values)
+                row.append(sum(self.weights[n] * v for n, v in known.items()) if complete else None)
+            out.append(row)
+        return out
+
+    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
+        """Score and stack groups."""
+        parts = self.score(groups)
+        pad = self.tokenizer.pad_token_id
+        return collate(
+            groups,
+            pad_id=self.tokenizer.eos_token_id if pad is None else pad,
+            rewards=self.total(parts, groups),
+            reward_parts=parts,
+            sampling=self.sampling,
+            timings=self.phases.take(),
+        )
+
+    def close(self) -> None:
+        """Close the engine and every reward that can be closed."""
+        self.engine.close()
+        for reward in self.rewards.values():
+            close = getattr(reward, "close", None)
+            if close is not None:
+                close()
+
+
+class RolloutLoader:
+    """A sized, resumable loader of on-policy batches: it samples when asked, so no batch is ever stale.
+
+    The length matters: without it Lightning prefetches one batch, and every rollout is one update behind.
+
+    Args:
+        stream: Where prompts come from.
+        maker: Makes batches.
+        prompts_per_batch: Prompts per batch on this rank.
+        steps: Batches per epoch.
+        seed: Of the sampling; each batch and rank gets a seed derived from it.
+        rank: This rank.
+        off_policy: Makes groups the policy did not sample (dataset or teacher text) from prompts and a seed.
+        on_policy_fraction: λ of GKD: expected share of prompts whose completions the policy samples.
+    """
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        maker: RolloutMaker,
+        *,
+        prompts_per_batch: int,
+        steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        off_policy: Callable[[Sequence[Prompt], int], list[Group]] | None = None,
+        on_policy_fraction: float = 1.0,
+    ) -> None:
+        if prompts_per_batch < 1 or steps < 1:
+            raise ValueError(f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}.")
+        if not 0 <= on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction must be in [0, 1], got {on_policy_fraction}.")
+        if on_policy_fraction < 1 and off_policy is None:
+            raise ValueError("on_policy_fraction < 1 needs off_policy: where the other completions come from.")
+        self.stream, self.maker = stream, maker
+        self.prompts_per_batch, self.steps = prompts_per_batch, steps
+        self.seed, self.rank = seed, rank
+        self.off_policy, self.on_policy_fraction = off_policy, on_policy_fraction
+        self.batches_made = 0
+        self._position = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        """Batches until the epoch's end; after ``load_state_dict`` those that were still to come."""
+        if not self._resumed or self._position >= self.steps:
+            self._position = 0
+        self._resumed = False
+        while self._position < self.steps:
+            batch = self.make()
+            self._position += 1
+            yield batch
+
+    def make(self) -> RolloutBatch:
+        """The next batch."""
+        seed = derive_seed(self.seed, self.rank, self.batches_made)
+        self.batches_made += 1
+        prompts = self.stream.take(self.prompts_per_batch)
+        own = self._own_count(seed)
+        groups = self.maker.sample(prompts[:own], seed)
+        if own < len(prompts):
+            assert self.off_policy is not None
+            groups += self.off_policy(prompts[own:], seed)
+        return self.maker.collate(groups)
+
+    def _own_count(self, seed: int) -> int:
+        """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation."""
+        wanted = self.on_policy_fraction * self.prompts_per_batch
+        chance = derive_seed("lambda", seed) / 2**63
+        return int(wanted) + (chance < wanted - int(wanted))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the epoch and in the prompt stream."""
+        return {"batches_made": self.batches_made, "position": self._position, "stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.batches_made = int(state["batches_made"])
+        self._position = int(state["position"])
+        self.stream.load_state_dict(state["stream"])
+        self._resumed = True
+
+
+class EvaluationLoader:
+    """One pass over evaluation prompts, the same prompts and seeds each time, so that checkpoints compare pairwise.
+
+    Args:
+        prompts: This rank's prompts, equally many on all ranks (repeats flagged by ``counted``).
+        maker: Makes batches; its ``group_size`` is the k of avg@k.
+        prompts_per_batch: Prompts per batch.
+        seed: Of the sampling.
+        rank: This rank.
+        counted: Per prompt, False if it only pads the rank to equal length; default all True.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        maker: RolloutMaker,
+        *,
+        prompts_per_batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        counted: Sequence[bool] | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("there are no evaluation prompts on this rank.")
+        self.prompts, self.maker = prompts, maker
+        self.prompts_per_batch, self.seed, self.rank = prompts_per_batch, seed, rank
+        self.counted = list(counted) if counted is not None else [True] * len(prompts)
+
+    def __len__(self) -> int:
+        return -(-len(self.prompts) // self.prompts_per_batch)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        for i in range(len(self)):
+            part = slice(i * self.prompts_per_batch, (i + 1) * self.prompts_per_batch)
+            groups = self.maker.sample(self.prompts[part], derive_seed("eval", self.seed, self.rank, i))
+            batch = self.maker.collate(groups)
+            counted: Tensor = torch.tensor(self.counted[part])[batch.group]
+            yield batch.with_extra(counted=counted)
+
+
+def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None) -> Completion:
+    """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
+
+    Args:
+        text: The response.
+        tokenizer: Encodes it, unless ``ids`` are given.
+        ids: Token ids to use as they are.
+    """
+    tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return Completion(
+        torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
+    )

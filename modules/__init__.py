@@ -1,0 +1,28 @@
+"""Methods: each a thin LightningModule over pure functions."""
+
+if not __name__.startswith("lightning_onpolicy."):  # found through the repository root: a second copy of us
+    raise ImportError(f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository.")
+
+from typing import TYPE_CHECKING
+
+from lightning_onpolicy._lazy import attach
+
+if TYPE_CHECKING:
+    from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
+    from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
+    from lightning_onpolicy.modules.policy import LoraSpec as LoraSpec
+    from lightning_onpolicy.modules.policy import ModelSpec as ModelSpec
+    from lightning_onpolicy.modules.policy import Policy as Policy
+    from lightning_onpolicy.modules.supervised import SupervisedFineTune as SupervisedFineTune
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "LoraSpec": "policy",
+        "ModelSpec": "policy",
+        "OnPolicyDistill": "distill",
+        "OnPolicyModule": "onpolicy",
+        "Policy": "policy",
+        "SupervisedFineTune": "supervised",
+    },
+)

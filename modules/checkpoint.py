@@ -1,0 +1,95 @@
+"""Checkpoints that hold what trains, refuse what does not fit, and resume bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+_RNG_KEY = "onpolicy_rng"
+
+
+class LeanCheckpoint(pl.LightningModule):
+    """Mixin: frozen weights stay out of checkpoints; random-number states are in them, one per rank."""
+
+    _rng_to_restore: dict[str, Any] | None = None
+
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """Modules, by attribute name, whose weights are reloaded from their source and never saved."""
+        return {}
+
+    def _unsaved(self) -> set[str]:
+        names = {f"{attribute}.{key}" for attribute, m in self.frozen_modules().items() for key in m.state_dict()}
+        policy = getattr(self, "policy", None)
+        if policy is not None and policy.has_adapters:
+            names |= {f"policy.{name}" for name in policy.frozen_names()}
+        return names
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All tensors but the frozen ones."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in self._unsaved():
+            state.pop(prefix + name, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load; every tensor that trains must be there and fit.
+
+        Raises:
+            RuntimeError: If a trained tensor is missing, or the checkpoint has one that the module lacks.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = sorted(set(result.missing_keys) - self._unsaved())
+        if missing or result.unexpected_keys:
+            raise RuntimeError(
+                f"the checkpoint does not fit {type(self).__name__}: missing {missing[:3]}… ({len(missing)}), "
+                f"unexpected {list(result.unexpected_keys)[:3]}… ({len(result.unexpected_keys)}). "
+                "Was it made with another student, other adapters or another method?"
+            )
+        return result
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store every rank's random-number states."""
+        states: list[Any] = [_rng_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, _rng_state())
+        checkpoint[_RNG_KEY] = {str(rank): state for rank, state in enumerate(states)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the random-number states; they are set when training starts, after all set-up drew from them."""
+        self._rng_to_restore = checkpoint.get(_RNG_KEY)
+
+    def on_train_start(self) -> None:
+        """Continue the random numbers where the checkpoint left them."""
+        states, self._rng_to_restore = self._rng_to_restore, None
+        if states is None:
+            return
+        if len(states) != self.trainer.world_size:
+            raise RuntimeError(
+                f"the checkpoint was written by {len(states)} ranks, this run has {self.trainer.world_size}: "
+                "an exact resume needs the same number. To start anew from its weights, load them as the student."
+            )
+        _set_rng_state(states[str(self.global_rank)])
+
+
+def _rng_state() -> dict[str, Any]:
+    """Random-number states as tensors and plain values, which weights-only loading accepts."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,74 @@
+"""What a loss returns, and how metrics add up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Global counts of one optimizer step, over all its micro-batches and ranks: what losses are divided by.
+
+    Args:
+        tokens: Trained tokens.
+        sequences: Rows with at least one trained token.
+    """
+
+    tokens: float
+    sequences: float
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """One micro-batch's share of the loss.
+
+    Args:
+        loss: Scalar, already divided by a global count, so that shares add up to the step's loss.
+        means: Named tensors of any shape; what is reported is the mean over all their elements, over all
+            micro-batches and ranks. The same names must come from every micro-batch.
+        maxima: Named tensors whose global maximum is reported.
+    """
+
+    loss: Tensor
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Tally:
+    """Running sums of :class:`LossOutput` metrics."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add(self, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
+        """Count one micro-batch's metrics (detached, in float64; float32 where there is no float64)."""
+        for name, value in means.items():
+            value = value.detach().double()
+            pair = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        for name, value in (maxima or {}).items():
+            top = value.detach().double().max() if value.numel() else value.new_tensor(float("-inf")).double()
+            self._maxima[name] = torch.maximum(self._maxima[name], top) if name in self._maxima else top
+
+    def compute(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
+        """The metrics over all ranks.
+
+        Args:
+            reduce: ``(tensor, "sum" | "max") → tensor`` over ranks.
+        """
+        out: dict[str, float] = {}
+        if self._sums:
+            total = reduce(torch.stack([self._sums[k] for k in sorted(self._sums)]), "sum").tolist()
+            for name, (value, weight) in zip(sorted(self._sums), total, strict=True):
+                if weight > 0:
+                    out[name] = value / weight
+        if self._maxima:
+            tops = reduce(torch.stack([self._maxima[k] for k in sorted(self._maxima)]), "max").tolist()
+            out.update({k: v for k, v in zip(sorted(self._maxima), tops, strict=True) if v != float("-inf")})
+        return out

@@ -1,0 +1,89 @@
+"""What the methods need to know about ranks, through Lightning's public interface."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+
+
+def data_parallel_size(trainer: Any) -> int:
+    """Number of ranks that see different data: what DDP and FSDP2 divide gradients by."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return int(trainer.strategy.distributed_sampler_kwargs["num_replicas"])
+    return int(trainer.world_size)
+
+
+def reduce_ranks(trainer: Any, value: Tensor, op: str) -> Tensor:
+    """Sum (each data-parallel share once) or maximum over ranks.
+
+    Args:
+        trainer: The Trainer.
+        value: Any tensor, of equal shape on all ranks.
+        op: ``"sum"`` or ``"max"``.
+    """
+    if trainer.world_size == 1:
+        return value
+    out: Tensor = trainer.strategy.reduce(value.clone(), reduce_op=op)
+    copies = trainer.world_size // data_parallel_size(trainer)  # tensor-parallel peers hold the same data
+    return out / copies if op == "sum" and copies > 1 else out
+
+
+def blocked_sync(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Gradients stay local inside (DDP); FSDP2 reduces every backward pass, which costs time but not truth."""
+    if isinstance(trainer.strategy, ParallelStrategy):
+        return trainer.strategy.block_backward_sync()
+    return contextlib.nullcontext()
+
+
+def refuse_unfit(trainer: Any) -> None:
+    """Raise for strategies and precisions on which manual optimisation would be silently wrong."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError("FSDP1 cannot run manual optimisation: use ModelParallelStrategy (FSDP2) instead.")
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError("DeepSpeed is not supported: use DDP or ModelParallelStrategy (FSDP2) instead.")
+    if trainer.precision == "16-mixed":
+        raise ValueError("precision=16-mixed scales losses, which clipping here does not undo: use bf16-mixed.")
+    if trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "gradient_clip_val and accumulate_grad_batches belong to automatic optimisation: set the module's "
+            "loop.max_grad_norm and loop.micro_batch_tokens instead."
+        )
+
+
+def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:
+    """FSDP2: shard ``blocks`` one by one, then ``policy`` itself, and let ``decode`` run its hooks."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    for method in ("decode", "hidden"):
+        if hasattr(policy, method):
+            register_fsdp_forward_method(policy, method)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model: the members of its largest ``ModuleList``."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clip by the global norm and return it, before clipping (also for sharded gradients).
+
+    Args:
+        parameters: Those of one optimizer.
+        max_norm: None measures without clipping.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    full = getattr(norm, "full_tensor", None)
+    return full() if full is not None else norm

@@ -1,0 +1,337 @@
+"""The policy: a Hugging Face causal LM whose output head computes token statistics instead of logits.
+
+Legend: ``B`` sequences, ``T`` positions, ``H`` hidden size, ``V`` vocabulary, ``N`` selected tokens.
+
+Token ``t`` is graded by the hidden state at ``t - 1``; only selected tokens reach the head, so ``[B, T, V]``
+logits never exist. Batches are right-padded and attention is causal, hence real tokens never see padding and no
+attention mask is needed in the training forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+
+from lightning_onpolicy.kernels import LogProbHead, TeacherHead, TokenStats
+from lightning_onpolicy.modules.paths import resolve_model
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters (peft).
+
+    Args:
+        r: Rank.
+        alpha: Scale numerator; the update is multiplied by ``alpha / r``.
+        dropout: Dropout on the adapters' input.
+        target_modules: ``"all-linear"`` (every linear layer but the head) or names of modules.
+    """
+
+    r: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.r < 1:
+            raise ValueError(f"lora.r must be >= 1, got {self.r}.")
+        if "lm_head" in self.target_modules:
+            raise ValueError("lora.target_modules names lm_head: adapters on the output head are not supported.")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a causal LM comes from and how it is loaded.
+
+    Args:
+        path: Folder or hub name; ``onpolicy://NAME`` is a model that ships with the library.
+        dtype: Type of the weights; ``auto`` keeps the checkpoint's.
+        quantize: Load linear layers in 4 bit (nf4) or 8 bit through bitsandbytes.
+        lora: Train low-rank adapters over frozen weights.
+        tokenizer: Folder or hub name of the tokenizer; default: ``path``.
+        revision: Hub revision.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, …; default: transformers' choice.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        from_scratch: Random weights from the folder's configuration (for tests and timing).
+        trust_remote_code: Run code that comes with the checkpoint. Only for sources you trust.
+    """
+
+    path: str
+    dtype: Dtype = "auto"
+    quantize: Literal["4bit", "8bit"] | None = None
+    lora: LoraSpec | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    from_scratch: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lora, Mapping):
+            object.__setattr__(self, "lora", LoraSpec(**self.lora))
+        if not self.path:
+            raise ValueError("a model's path is empty: give a folder, a hub name or onpolicy://NAME.")
+        if self.quantize and self.from_scratch:
+            raise ValueError("quantize and from_scratch exclude each other: random weights have nothing to quantise.")
+
+    @classmethod
+    def of(cls, value: str | ModelSpec | Mapping[str, Any]) -> ModelSpec:
+        """A spec from a path, a spec or its plain dict (as stored in checkpoints)."""
+        if isinstance(value, ModelSpec):
+            return value
+        return cls(value) if isinstance(value, str) else cls(**value)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            OSError: If it cannot be found; the message names the path.
+        """
+        path = resolve_model(self.tokenizer or self.path)
+        return AutoTokenizer.from_pretrained(
+            path, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def load_model(self) -> Any:
+        """The Hugging Face model, quantised if asked, without adapters."""
+        path = resolve_model(self.path)
+        kwargs: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation:
+            kwargs["attn_implementation"] = self.attn_implementation
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.from_scratch:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(path, revision=self.revision)
+            kwargs.pop("revision")
+            return AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype or torch.float32 if dtype == "auto" else dtype, **kwargs
+            )
+        if self.quantize:
+            kwargs["quantization_config"] = _quantization(self.quantize)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+    def load(self) -> Policy:
+        """The policy."""
+        return Policy(self.load_model(), self.load_tokenizer(), lora=self.lora, spec=self)
+
+
+def _quantization(bits: Literal["4bit", "8bit"]) -> BitsAndBytesConfig:
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+class Policy(nn.Module):
+    """A causal LM that grades tokens (``forward``) and decodes (``decode``) without full logits.
+
+    Args:
+        model: A Hugging Face causal LM. Its output head is replaced by a
+            :class:`~lightning_onpolicy.kernels.LogProbHead` that shares the weight, so ``model.generate`` and
+            ``model.save_pretrained`` go on working.
+        tokenizer: Its tokenizer.
+        lora: Adapters to add; the base is then frozen.
+        spec: Where the model came from, for checkpoints and model cards.
+
+    Example:
+        >>> from lightning_onpolicy.modules import ModelSpec
+        >>> policy = ModelSpec("onpolicy://student").load()
+        >>> ids = torch.tensor([policy.tokenizer("1 2 3")["input_ids"]])
+        >>> policy(ids, torch.ones_like(ids, dtype=torch.bool)).logp.shape[0] == ids.shape[1] - 1
+        True
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, lora: LoraSpec | None = None, spec: ModelSpec | None = None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.config = model.config
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output head: a causal language model is needed.")
+        rows = head.weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's head only {rows} rows: "
+                "this is not the model's tokenizer."
+            )
+        text = model.config.get_text_config()
+        model.set_output_embeddings(
+            LogProbHead(
+                head.weight,
+                getattr(head, "bias", None),
+                soft_cap=getattr(text, "final_logit_softcapping", None),
+                logit_scale=_logit_scale(text),
+                vocab_size=len(tokenizer),
+            )
+        )
+        self.model = model
+        if lora is not None:
+            self._add_adapters(lora)
+        if spec is not None and spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    # -- what it is -------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> LogProbHead:
+        """The output head."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, LogProbHead)
+        return head
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters are trained over a frozen base."""
+        return bool(getattr(self.model, "peft_config", None))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the generation config's and the tokenizer's."""
+        ids = self.model.generation_config.eos_token_id
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ids:
+            ids.append(self.tokenizer.eos_token_id)
+        if not ids:
+            raise ValueError("neither the generation config nor the tokenizer has an EOS id: set eos_token_id.")
+        return tuple(int(i) for i in ids)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id written into padding (the EOS id if the tokenizer has none; masks tell them apart)."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.eos_token_ids[0] if pad is None else pad)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model takes, in tokens, if it says."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    # -- forward passes ---------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, select: Tensor, **head: Any) -> TokenStats:
+        """Statistics of the selected tokens.
+
+        Args:
+            input_ids: ``[B, T]`` int64, right-padded.
+            select: ``[B, T]`` bool: tokens to grade. Position 0 has no context and must be False or is ignored.
+            **head: Arguments of :func:`~lightning_onpolicy.kernels.token_stats`: ``outputs``, ``temperature``,
+                ``teacher``, ….
+
+        Returns:
+            Statistics ``[N]``, in row-major order of ``select[:, 1:]``.
+        """
+        hidden_NH = self.hidden(input_ids, select)
+        stats: TokenStats = self.head(hidden_NH, input_ids[:, 1:][select[:, 1:]], **head)
+        return stats
+
+    def hidden(self, input_ids: Tensor, select: Tensor) -> Tensor:
+        """``[N, H]`` hidden states that predict the selected tokens (arguments as in :meth:`forward`)."""
+        hidden_BTH: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden_BTH[:, :-1][select[:, 1:]]
+
+    def decode(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """``[B, V]`` float32 next-token logits of the last position; ids the tokenizer lacks are -inf.
+
+        See :class:`~lightning_onpolicy.datamodules.engines.Decoder`.
+        """
+        out = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self.head.logits(out.last_hidden_state[:, -1])
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache that fits the model."""
+        return DynamicCache(config=self.config)
+
+    def teacher_head(self, hidden_NH: Tensor) -> TeacherHead:
+        """This model's view of tokens as a teacher: hidden states with the head that reads them."""
+        return self.head.as_teacher(hidden_NH)
+
+    # -- adapters and saving ----------------------------------------------------------------------
+
+    def _add_adapters(self, lora: LoraSpec) -> None:
+        from peft import LoraConfig
+
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        self.model.add_adapter(
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                exclude_modules=["lm_head"] if targets == "all-linear" else None,
+                task_type="CAUSAL_LM",
+            )
+        )
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The base model, as it was before adapters were added; restored also after an exception."""
+        if not self.has_adapters:
+            raise ValueError("the policy has no adapters, so its base cannot be seen with adapters off: set lora.")
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+
+    def frozen_names(self) -> set[str]:
+        """Names of parameters that never train (the base under adapters); checkpoints leave them out."""
+        return {name for name, p in self.named_parameters() if not p.requires_grad}
+
+    def save_pretrained(self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights, tokenizer and generation config as plain transformers (or peft) loads them.
+
+        Args:
+            folder: Destination.
+            merge: With adapters: True adds them to a scratch copy of the weights and saves a whole model; False
+                saves the adapters alone.
+            state_dict: Full (gathered) weights named as in ``self.model``, where parameters are sharded.
+
+        Raises:
+            ValueError: If adapters would be merged into quantised weights.
+        """
+        from lightning_onpolicy.modules.saving import merged_state_dict
+
+        if self.has_adapters and merge:
+            state_dict = merged_state_dict(self.model, state_dict)
+            plain = type(self.model)(self.config).to(next(iter(state_dict.values())).dtype)
+            plain.generation_config = self.model.generation_config
+            plain.load_state_dict(state_dict, strict=False)
+            plain.tie_weights()
+            plain.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=dict(state_dict) if state_dict else None)
+        self.tokenizer.save_pretrained(folder)
+
+    def extra_repr(self) -> str:
+        return f"spec={dataclasses.asdict(self.spec)}" if self.spec else ""
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    scale = getattr(config, "logit_scale", None)
+    return 1.0 if scale is None else float(scale)
