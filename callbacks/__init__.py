@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_onpolicy.callbacks.completions import CompletionWriter as CompletionWriter
     from lightning_onpolicy.callbacks.export import ExportHF as ExportHF
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CompletionWriter": "completions",
         "ExportHF": "export",
         "MismatchMonitor": "monitors",
         "PhaseMonitor": "monitors",

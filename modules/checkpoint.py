@@ -16,6 +16,8 @@ _RNG_KEY = "onpolicy_rng"
 class LeanCheckpoint(pl.LightningModule):
     """Mixin: frozen weights stay out of checkpoints; random-number states are in them, one per rank."""
 
+    # Not Lightning's "hyper_parameters": LightningCLI lets what it finds there beat the command line.
+    CHECKPOINT_HYPER_PARAMS_KEY = "onpolicy_hyper_parameters"
     _rng_to_restore: dict[str, Any] | None = None
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:

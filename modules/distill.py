@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.kernels import TeacherHead, token_stats
 from lightning_onpolicy.modules.aggregate import Reduction, aggregate, scatter
-from lightning_onpolicy.modules.evaluation import RolloutEvaluation
 from lightning_onpolicy.modules.losses.divergence import (
     DistillLoss,
     k_estimators,
@@ -38,7 +38,7 @@ from lightning_onpolicy.modules.policy import ModelSpec, Policy
 from lightning_onpolicy.modules.teachers import FrozenPolicy, OnMismatch, check_compatible, grade, self_test
 
 
-class OnPolicyDistill(RolloutEvaluation, OnPolicyModule):
+class OnPolicyDistill(OnPolicyModule):
     """Minimise a per-token divergence to a teacher on the student's own rollouts.
 
     Args:
@@ -180,11 +180,19 @@ class OnPolicyDistill(RolloutEvaluation, OnPolicyModule):
         head = grade(self.teacher, self.policy, batch)
         return scatter(self._logq(batch, head), batch.response_mask)
 
-    def _logq(self, batch: RolloutBatch, head: Any) -> Tensor:
+    def _logq(self, batch: RolloutBatch, head: TeacherHead) -> Tensor:
+        """``[N]`` the teacher's log-probabilities of the trained tokens."""
         with torch.no_grad():
-            targets_N = batch.input_ids[:, 1:][batch.response_mask[:, 1:]]
-            logq_N: Tensor = head.stats(targets_N, outputs=("logp",), temperature=self.temperature).logp
-            return logq_N
+            return token_stats(
+                head.hidden,
+                head.weight,
+                batch.input_ids[:, 1:][batch.response_mask[:, 1:]],
+                bias=head.bias,
+                soft_cap=head.soft_cap,
+                logit_scale=head.logit_scale,
+                vocab_size=head.vocab_size,
+                temperature=self.temperature,
+            ).logp
 
     def loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
         """The divergence, summed over the micro-batch's trained tokens and divided by global counts."""
@@ -207,7 +215,7 @@ class OnPolicyDistill(RolloutEvaluation, OnPolicyModule):
         loss = aggregate(loss_N, micro.response_mask, counts, self.reduction)
         return LossOutput(loss, {**means, **gap_means}, gap_maxima)
 
-    def _sampled(self, micro: RolloutBatch, head: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _sampled(self, micro: RolloutBatch, head: TeacherHead) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = micro.response_mask
         logq_N = self._logq(micro, head)
         stats = self.policy(

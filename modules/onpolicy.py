@@ -22,6 +22,7 @@ from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
+from lightning_onpolicy.modules.evaluation import RolloutEvaluation
 from lightning_onpolicy.modules.losses.mismatch import mismatch
 from lightning_onpolicy.modules.microbatch import cut_micro_batches, split_minibatches
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
@@ -60,7 +61,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-class OnPolicyModule(LeanCheckpoint, pl.LightningModule):
+class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
     """Shared loop, metrics, checkpoints and sharding of all methods.
 
     Args:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
-SCHEME = "onpolicy://"
+from lightning_onpolicy.datamodules.assets import SCHEME, resolve_asset
 
 
 def resolve_model(path: str) -> str:
-    """The folder behind ``onpolicy://NAME``; other paths are returned as they are.
+    """The local folder behind ``path`` if it is one (``onpolicy://`` included); hub names are returned as they are.
 
     Raises:
-        FileNotFoundError: If a shipped model or a local folder does not exist; the message lists what does.
+        FileNotFoundError: If a folder is meant but is not there, or is no model.
     """
-    if path.startswith(SCHEME):
-        name = path.removeprefix(SCHEME)
-        root = Path(str(files("lightning_onpolicy.configs"))) / "quickstart" / "models"
-        if not (root / name / "config.json").is_file():
-            known = sorted(p.parent.name for p in root.glob("*/config.json"))
-            raise FileNotFoundError(f"no model {path!r} ships with the library; there are {known}.")
-        return str(root / name)
-    local = path.startswith((".", "/", "~")) or Path(path).is_dir()
-    if local and not (Path(path).expanduser() / "config.json").is_file():
-        raise FileNotFoundError(f"model folder {path!r} does not exist or has no config.json.")
-    return str(Path(path).expanduser()) if local else path
+    local = path.startswith((SCHEME, ".", "/", "~")) or Path(path).is_dir()
+    if not local:
+        return path
+    folder = resolve_asset(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{path!r} has no config.json: it is not a model folder.")
+    return str(folder)

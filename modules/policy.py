@@ -56,7 +56,7 @@ class ModelSpec:
     """Where a causal LM comes from and how it is loaded.
 
     Args:
-        path: Folder or hub name; ``onpolicy://NAME`` is a model that ships with the library.
+        path: Folder or hub name; ``onpolicy://quickstart/models/student`` and the like ship with the library.
         dtype: Type of the weights; ``auto`` keeps the checkpoint's.
         quantize: Load linear layers in 4 bit (nf4) or 8 bit through bitsandbytes.
         lora: Train low-rank adapters over frozen weights.
@@ -83,7 +83,7 @@ class ModelSpec:
         if isinstance(self.lora, Mapping):
             object.__setattr__(self, "lora", LoraSpec(**self.lora))
         if not self.path:
-            raise ValueError("a model's path is empty: give a folder, a hub name or onpolicy://NAME.")
+            raise ValueError("a model's path is empty: give a folder, a hub name or onpolicy://PATH.")
         if self.quantize and self.from_scratch:
             raise ValueError("quantize and from_scratch exclude each other: random weights have nothing to quantise.")
 
@@ -150,7 +150,7 @@ class Policy(nn.Module):
 
     Example:
         >>> from lightning_onpolicy.modules import ModelSpec
-        >>> policy = ModelSpec("onpolicy://student").load()
+        >>> policy = ModelSpec("onpolicy://quickstart/models/student").load()
         >>> ids = torch.tensor([policy.tokenizer("1 2 3")["input_ids"]])
         >>> policy(ids, torch.ones_like(ids, dtype=torch.bool)).logp.shape[0] == ids.shape[1] - 1
         True
@@ -266,7 +266,15 @@ class Policy(nn.Module):
 
     def teacher_head(self, hidden_NH: Tensor) -> TeacherHead:
         """This model's view of tokens as a teacher: hidden states with the head that reads them."""
-        return self.head.as_teacher(hidden_NH)
+        head = self.head
+        return TeacherHead(
+            hidden_NH,
+            head.weight,
+            bias=head.bias,
+            soft_cap=head.soft_cap,
+            logit_scale=head.logit_scale,
+            vocab_size=head.vocab_size,
+        )
 
     # -- adapters and saving ----------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Key-value caches for rollouts: rows leave, and where the model allows join, while the others go on.
 
-Legend: ``R`` rows there is room for, ``H`` key-value heads, ``C`` columns (positions, padding included), ``D``
-head size, ``M`` rows that join.
+Legend: ``R`` rows there is room for, ``H`` key-value heads, ``C`` columns (positions, padding included),
+``D`` head size, ``M`` rows that join.
 
 Rows are right-aligned: all share the last column, shorter ones have padding on their left that the attention
 mask hides. Both caches hold a transformers ``Cache`` in ``.cache`` and use its public methods only.
@@ -29,6 +29,9 @@ class RowCache(Protocol):
     slack: float
     """Share of finished rows that is worth decoding before the cost of dropping them."""
 
+    columns: int
+    """Length of the cache, padding included; whoever decodes adds the columns that it appends."""
+
     def join(self, prefilled: Any, columns: int, source_M: Tensor, last: bool) -> None:
         """Append copies of prefilled rows.
 
@@ -39,11 +42,13 @@ class RowCache(Protocol):
             last: Whether ``prefilled`` is not needed any more.
         """
 
-    def keep(self, index: Tensor) -> None:
-        """Keep only the given rows, new row ``i`` being the old row ``index[i]``."""
+    def keep(self, index: Tensor, columns: int) -> None:
+        """Keep only the given rows, new row ``i`` being the old row ``index[i]``.
 
-    def trim(self, columns: int) -> int:
-        """Forget columns on the left beyond the last ``columns`` where that is possible; returns the length."""
+        Args:
+            index: Rows to keep; a row below ``len(index)`` that is kept stays where it is.
+            columns: Length of the longest row kept; padding beyond it is forgotten where that is possible.
+        """
 
 
 def make_row_cache(empty: Any, prefilled: Any, rows: int) -> RowCache:
@@ -62,8 +67,8 @@ def make_row_cache(empty: Any, prefilled: Any, rows: int) -> RowCache:
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
     """One layer's keys and values in buffers ``[R, H, capacity, D]``, appended to in place.
 
-    A step writes one column and returns views, where transformers' dynamic layers copy the whole cache. Dropping
-    a row copies one other row; dropping columns on the left moves the start of the view.
+    A step writes one column and returns views, where transformers' dynamic layers copy the whole cache.
+    Dropping a row copies one other row; dropping columns on the left moves the start of the view.
 
     Args:
         rows: R.
@@ -126,14 +131,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
         self.live += len(source_M)
         self.length = max(self.length, columns)
 
-    def move(self, source: Tensor, target: Tensor, live: int) -> None:
-        """Copy rows ``source`` over rows ``target``, then keep the first ``live``."""
+    def keep(self, source: Tensor, target: Tensor, live: int, columns: int) -> None:
+        """Copy rows ``source`` over rows ``target``, then keep the first ``live`` rows and last
+        ``columns``."""
         if self.is_initialized and len(source):
             span = slice(self._stop - self._kept(), self._stop)
             for buffer in (self.keys[:, :, span], self.values[:, :, span]):
                 buffer[target] = buffer[source]
         self.live = live
-        self.length = self.length if live else 0
+        self.length = min(self.length, columns)
 
     def _kept(self) -> int:
         """Columns that a coming token can see."""
@@ -176,55 +182,45 @@ class SlotCache:
     slack = 0.0
 
     def __init__(self, empty: Any, prefilled: Any, rows: int) -> None:
-        self._layers = [
-            SlotLayer(rows, getattr(layer, "sliding_window", None)) for layer in prefilled.layers
-        ]
+        self._layers = [SlotLayer(rows, getattr(layer, "sliding_window", None)) for layer in prefilled.layers]
         empty.layers = list(self._layers)
         self.cache = empty
-        self._live = 0
+        self.columns = 0
 
     def join(self, prefilled: Any, columns: int, source_M: Tensor, last: bool) -> None:
         """See :class:`RowCache`."""
         for mine, theirs in zip(self._layers, prefilled.layers, strict=True):
             mine.join(theirs, columns, source_M)
-        self._live += len(source_M)
+        self.columns = max(self.columns, columns)
 
-    def keep(self, index: Tensor) -> None:
-        """See :class:`RowCache`; ``index`` may only move rows to places that became free."""
+    def keep(self, index: Tensor, columns: int) -> None:
+        """See :class:`RowCache`."""
         target = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
         for layer in self._layers:
-            layer.move(index[target], target, len(index))
-        self._live = len(index)
-
-    def trim(self, columns: int) -> int:
-        """See :class:`RowCache`."""
-        for layer in self._layers:
-            layer.length = min(layer.length, columns)
-        return columns
+            layer.keep(index[target], target, len(index), columns)
+        self.columns = columns
 
 
 class WaveCache:
-    """A cache of any layers that transformers can reorder (linear attention, quantised, shared): rows only leave."""
+    """A cache of any layers that transformers can reorder (linear attention, quantised, …): rows only
+    leave."""
 
     always_joins = False
     slack = 0.125
 
     def __init__(self) -> None:
         self.cache: Any = None
+        self.columns = 0
 
     def join(self, prefilled: Any, columns: int, source_M: Tensor, last: bool) -> None:
         """See :class:`RowCache`; all earlier rows must have left."""
         self.cache = prefilled if last else copy.deepcopy(prefilled)
         self.cache.reorder_cache(source_M)
-        self._columns = columns
+        self.columns = columns
 
-    def keep(self, index: Tensor) -> None:
-        """See :class:`RowCache`."""
+    def keep(self, index: Tensor, columns: int) -> None:
+        """See :class:`RowCache`; padding on the left stays."""
         if len(index):
             self.cache.reorder_cache(index)
         else:
             self.cache = None
-
-    def trim(self, columns: int) -> int:
-        """See :class:`RowCache`: left padding stays."""
-        ...

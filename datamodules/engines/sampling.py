@@ -3,8 +3,8 @@
 Legend: ``B`` rows, ``V`` vocabulary, ``K`` blocks of the vocabulary, ``W`` tokens per block.
 
 One uniform number decides one token, by inverting the cumulative distribution. It is a hash of (seed, prompt,
-sample, position) instead of the next state of a generator: a row then draws the same tokens whichever rows share
-its batch, and no random state exists that could be shared, saved or disturbed.
+sample, position) instead of the next state of a generator: a row then draws the same tokens whichever rows
+share its batch, and no random state exists that could be shared, saved or disturbed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MIX_2 = 0x94D049BB133111EB
 def uniforms(seed: int, *counters_B: Tensor) -> Tensor:
     """Uniform numbers that depend on the seed and on each row's counters, and on nothing else.
 
-    Each counter is absorbed by one round of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-    generators", 2014), so that the last counter steps through an ordinary splitmix64 stream.
+    Each counter is absorbed by one round of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
+    number generators", 2014), so that the last counter steps through an ordinary splitmix64 stream.
 
     Args:
         seed: Any integer; used modulo 2^64.
@@ -61,7 +61,8 @@ def _signed(value: int) -> int:
 def distribution(logits_BV: Tensor, sampling: Sampling, stop_ids: Tensor, generated_B: Tensor) -> Tensor:
     """Unnormalised log-probabilities of the distribution that is sampled from.
 
-    Order: end-of-sequence ids before ``min_new_tokens``, temperature, top-k, top-p (of what top-k left), min-p.
+    Order: end-of-sequence ids before ``min_new_tokens``, temperature, top-k, top-p (of what top-k left),
+        min-p.
     Each filter is a threshold per row, and tokens that tie with it stay, so the result does not depend on the
     order of equal logits.
 

@@ -1,0 +1,237 @@
+"""On-policy data for a Trainer: prompts in, rollouts of the policy being trained out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+
+from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
+from lightning_onpolicy.datamodules.engines.base import RolloutEngine
+from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
+from lightning_onpolicy.datamodules.loader import EvaluationLoader, RolloutLoader, RolloutMaker, text_completion
+from lightning_onpolicy.datamodules.prompts import PromptStream, Source, shard_of
+from lightning_onpolicy.datamodules.rewards.base import Reward
+
+
+class TrainsPolicy(Protocol):
+    """What a LightningModule must have to be fed: ours do, yours may."""
+
+    policy: Any
+    tokenizer: Any
+    policy_version: int
+
+
+class OnPolicyDataModule(pl.LightningDataModule):
+    """Prompts, an engine and rewards, as train, validation, test and predict loaders.
+
+    The policy is the LightningModule's own: ``trainer.lightning_module.policy``. Sampling happens when a batch is
+    asked for, with the newest weights (policy lag 0).
+
+    Args:
+        train: Source of training prompts.
+        val: Source of validation prompts; also used by ``test`` and ``predict`` unless these are given.
+        test: Source of test prompts.
+        predict: Source of prompts to complete.
+        prompts_per_batch: Prompts per batch and rank.
+        group_size: Completions per prompt.
+        steps_per_epoch: Batches per training epoch.
+        sampling: How training rollouts are drawn.
+        rewards: Named rewards.
+        reward_weights: Weights of the rewards in the total; default 1 each.
+        eval_prompts: Evaluation prompts over all ranks; null takes the whole source.
+        eval_group_size: Completions per evaluation prompt: the k of avg@k.
+        eval_prompts_per_batch: Evaluation prompts per batch and rank.
+        eval_sampling: How evaluation completions are drawn; default: as in training.
+        chat: Render prompts with the tokenizer's chat template.
+        system: System message put before each prompt.
+        max_prompt_tokens: Longest prompt, in tokens.
+        overlong: What happens to longer ones: ``error`` or ``skip``.
+        on_policy_fraction: λ of GKD: share of prompts whose completions the policy samples; the rest come from
+            ``off_policy``.
+        off_policy: ``dataset`` (the rows' own responses) or ``teacher`` (sampled by the module's teacher).
+        response_key: Key of the rows' responses, for ``off_policy: dataset``.
+        engine: From the policy to a rollout engine.
+        seed: Of prompts' order and sampling.
+        deadline_s: Seconds that sampling, or scoring, of one batch may take; null means no deadline.
+    """
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        prompts_per_batch: int = 16,
+        group_size: int = 4,
+        steps_per_epoch: int = 100,
+        sampling: Sampling | None = None,
+        rewards: dict[str, Reward] | None = None,
+        reward_weights: dict[str, float] | None = None,
+        eval_prompts: int | None = None,
+        eval_group_size: int = 4,
+        eval_prompts_per_batch: int = 64,
+        eval_sampling: Sampling | None = None,
+        chat: bool = True,
+        system: str | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong: Literal["error", "skip"] = "error",
+        on_policy_fraction: float = 1.0,
+        off_policy: Literal["dataset", "teacher"] = "dataset",
+        response_key: str = "response",
+        engine: Callable[[Any], RolloutEngine] = TransformersEngine,
+        seed: int = 0,
+        deadline_s: float | None = 1800.0,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "test": test or val, "predict": predict or val}
+        self.prompts_per_batch, self.group_size = prompts_per_batch, group_size
+        self.steps_per_epoch = steps_per_epoch
+        self.sampling = sampling or Sampling()
+        self.rewards, self.reward_weights = rewards or {}, reward_weights or {}
+        self.eval_prompts, self.eval_group_size = eval_prompts, eval_group_size
+        self.eval_prompts_per_batch = eval_prompts_per_batch
+        self.eval_sampling = eval_sampling or self.sampling
+        self.chat, self.system = chat, system
+        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
+        self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
+        self.response_key = response_key
+        self.engine_callable = engine
+        self.seed, self.deadline_s = seed, deadline_s
+        self._makers: list[RolloutMaker] = []
+        self._engine: RolloutEngine | None = None
+
+    @property
+    def model(self) -> TrainsPolicy:
+        """The module whose policy samples."""
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        for name in ("policy", "tokenizer"):
+            if not hasattr(module, name):
+                raise TypeError(
+                    f"OnPolicyDataModule needs a LightningModule with .policy and .tokenizer; "
+                    f"{type(module).__name__} has no {name!r}."
+                )
+        return module  # type: ignore[no-any-return]
+
+    # -- loaders ----------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> RolloutLoader:
+        """On-policy training batches."""
+        rank, _ = shard_of(self.trainer)
+        off_policy = None
+        if self.on_policy_fraction < 1:
+            off_policy = self._dataset_groups if self.off_policy == "dataset" else self._teacher_groups()
+        return RolloutLoader(
+            self._stream("train", shuffle=True),
+            self._maker(self.group_size, self.sampling),
+            prompts_per_batch=self.prompts_per_batch,
+            steps=self.steps_per_epoch,
+            seed=self.seed,
+            rank=rank,
+            off_policy=off_policy,
+            on_policy_fraction=self.on_policy_fraction,
+        )
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Validation batches; none if there is no source."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Test batches."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Prompts to complete."""
+        return self._evaluation("predict")
+
+    def teardown(self, stage: str) -> None:
+        """Close engines and rewards."""
+        for maker in self._makers:
+            maker.close()
+        self._makers.clear()
+        self._engine = None
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _stream(self, stage: str, *, shuffle: bool) -> PromptStream:
+        source = self.sources[stage]
+        if source is None:
+            raise ValueError(f"data.{stage} is missing: name a source of prompts for {stage!r}.")
+        rank, world = shard_of(self.trainer)
+        return PromptStream(
+            source,
+            self.model.tokenizer,
+            chat=self.chat,
+            system=self.system,
+            max_prompt_tokens=self.max_prompt_tokens,
+            overlong=self.overlong,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world,
+        )
+
+    def _maker(self, group_size: int, sampling: Sampling) -> RolloutMaker:
+        if self._engine is None:
+            self._engine = self.engine_callable(self.model.policy)
+        maker = RolloutMaker(
+            self._engine,
+            self.model.tokenizer,
+            rewards=self.rewards,
+            weights=self.reward_weights,
+            group_size=group_size,
+            sampling=sampling,
+            before=lambda engine: engine.sync(self.model.policy, self.model.policy_version),
+            deadline_s=self.deadline_s,
+        )
+        self._makers.append(maker)
+        return maker
+
+    def _evaluation(self, stage: str) -> EvaluationLoader | list[Any]:
+        if self.sources[stage] is None:
+            return []
+        rank, world = shard_of(self.trainer)
+        stream = self._stream(stage, shuffle=False)
+        total = stream.source_size if self.eval_prompts is None else min(self.eval_prompts, stream.source_size)
+        per_rank = -(-total // world)
+        prompts = stream.take(per_rank)
+        counted = [i * world + rank < total for i in range(per_rank)]
+        return EvaluationLoader(
+            prompts,
+            self._maker(self.eval_group_size, self.eval_sampling),
+            prompts_per_batch=self.eval_prompts_per_batch,
+            seed=self.seed,
+            rank=rank,
+            counted=counted,
+        )
+
+    def _dataset_groups(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
+        groups = []
+        for prompt in prompts:
+            if self.response_key not in prompt.row:
+                raise ValueError(
+                    f"row {prompt.uid!r} has no key {self.response_key!r} (it has {sorted(prompt.row)}): "
+                    "off_policy=dataset takes responses from there."
+                )
+            completion = text_completion(str(prompt.row[self.response_key]), self.model.tokenizer)
+            groups.append(Group(prompt, (completion,) * self.group_size, on_policy=False))
+        return groups
+
+    def _teacher_groups(self) -> Callable[[Sequence[Prompt], int], list[Group]]:
+        teacher = getattr(self.model, "teacher", None)
+        if teacher is None:
+            raise ValueError("off_policy=teacher needs a module with a teacher model of its own.")
+        maker = RolloutMaker(
+            self.engine_callable(teacher),
+            self.model.tokenizer,
+            group_size=self.group_size,
+            sampling=self.sampling,
+            deadline_s=self.deadline_s,
+        )
+        self._makers.append(maker)
+        return lambda prompts, seed: [
+            Group(g.prompt, g.completions, on_policy=False) for g in maker.sample(prompts, seed)
+        ]
+
+

@@ -1,0 +1,53 @@
+"""Supervised fine-tuning: cold starts, sequence-level distillation (SeqKD, 1606.07947), rejective fine-tuning.
+
+The loss is the negative log-likelihood of given responses, −log p(y_t), over trained tokens. It is here because
+the other methods start from it and are compared with it; nothing is sampled in training, only in evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.modules.aggregate import Reduction, aggregate
+from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
+from lightning_onpolicy.modules.outcome import Counts, LossOutput
+from lightning_onpolicy.modules.policy import ModelSpec, Policy
+
+
+class SupervisedFineTune(OnPolicyModule):
+    """Maximise the likelihood of given responses.
+
+    Args:
+        student: The model to train: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
+        reduction: ``token_mean``, ``sequence_mean`` or ``sum`` over the optimizer step.
+        optimizer: From parameters to an optimizer.
+        scheduler: From the optimizer to a schedule.
+        loop: How a batch becomes optimizer steps.
+    """
+
+    def __init__(
+        self,
+        student: str | ModelSpec | Policy,
+        reduction: Reduction = "token_mean",
+        optimizer: OptimizerCallable = adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        loop: LoopSpec | None = None,
+    ) -> None:
+        super().__init__(student, optimizer, scheduler, loop)
+        self.reduction: Reduction = reduction
+        self.save_hyperparameters(
+            {
+                "student": self.student and dataclasses.asdict(self.student),
+                "reduction": reduction,
+                "loop": dataclasses.asdict(self.loop),
+            }
+        )
+
+    def loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
+        """Negative log-likelihood of the micro-batch's trained tokens."""
+        stats = self.policy(micro.input_ids, micro.response_mask, outputs=("logp", "entropy"))
+        loss = aggregate(-stats.logp, micro.response_mask, counts, self.reduction)
+        return LossOutput(loss, {"nll": -stats.logp, "entropy": stats.entropy})
