@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules import parallel
-from lightning_onpolicy.modules.metrics import RolloutMetrics
 from lightning_onpolicy.modules.outcome import Tally
+
+if TYPE_CHECKING:
+    from lightning_onpolicy.modules.metrics import RolloutMetrics
 
 
 class RolloutEvaluation(pl.LightningModule):
@@ -28,6 +30,8 @@ class RolloutEvaluation(pl.LightningModule):
         raise TypeError("RolloutEvaluation is a mixin of OnPolicyModule.")
 
     def _start(self) -> None:
+        from lightning_onpolicy.modules.metrics import RolloutMetrics
+
         self._stage_metrics = RolloutMetrics().to(self.device)
         self._stage_tally = Tally(self.device)
 

@@ -14,12 +14,11 @@ import argparse
 import json
 import math
 import platform
-import random
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,8 @@ CHAT_TEMPLATE = (
 )
 MAX_ANSWER_TOKENS = 24
 IGNORE = -100
+LOG_EVERY = 100
+PACKAGES = ("torch", "transformers", "tokenizers", "reasoning-gym")
 
 # reasoning-gym seeds item i with `seed + i`, so streams whose seeds are close share their items.
 TRAIN_STREAM, HELDOUT_STREAM, STREAM_STRIDE = 0, 1, 1_000_000_000
@@ -84,7 +85,9 @@ class Task:
     render: Callable[[dict[str, Any]], str] = field(init=False)
 
     def __post_init__(self) -> None:
-        template = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(self.prompt)
+        template = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(
+            self.prompt
+        )
         self.render = lambda entry: template.render(question=entry["question"], metadata=entry["metadata"])
 
     def dataset(self, seed: int, size: int) -> Any:
@@ -108,15 +111,22 @@ def load_tasks(path: Path) -> list[Task]:
     return [Task(name, **settings) for name, settings in mix.items()]
 
 
-def heldout_items(tasks: Sequence[Task], seed: int, per_task: int) -> list[Item]:
-    """Return ``per_task`` held-out items with distinct prompts of every task."""
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Split ``total`` in proportion to ``weights``; the last share takes what rounding leaves."""
+    counts = [int(total * weight / sum(weights)) for weight in weights]
+    counts[-1] += total - sum(counts)
+    return counts
+
+
+def heldout_items(tasks: Sequence[Task], seed: int, total: int) -> list[Item]:
+    """Return ``total`` held-out items with distinct prompts, in the proportions of the mix."""
     chosen: list[Item] = []
-    for task in tasks:
+    for task, count in zip(tasks, shares([task.weight for task in tasks], total), strict=True):
         seen: dict[str, Item] = {}
-        for item in task.items("heldout", seed, per_task * 100):
-            seen.setdefault(item.prompt, item)
-            if len(seen) == per_task:
+        for item in task.items("heldout", seed, count * 100):
+            if len(seen) == count:
                 break
+            seen.setdefault(item.prompt, item)
         chosen.extend(seen.values())
     return chosen
 
@@ -220,8 +230,7 @@ class Recipe:
     steps: int
     noisy_steps: int = 0
     survival: float = 1.0
-    batch: int = 256
-    lr: float = 3e-3
+    batch: int = 160
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
@@ -257,57 +266,65 @@ def draw_batch(pools: Sequence[Pool], counts: Sequence[int], generator: torch.Ge
     return Pool(torch.cat([part.ids for part in parts])[order], prompt_lengths[order], lengths[order])
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split ``total`` in proportion to ``weights``; the last share takes what rounding leaves."""
-    counts = [int(total * weight / sum(weights)) for weight in weights]
-    counts[-1] += total - sum(counts)
-    return counts
+def rate(step: int, recipe: Recipe) -> float:
+    """Return the learning-rate factor of a step: both phases decay to zero, the noisy one from 0.3."""
+    if step >= recipe.steps:
+        return 0.3 * (recipe.steps + recipe.noisy_steps - step) / recipe.noisy_steps
+    return min(1.0, (step + 1) / 30, (recipe.steps - step) / (0.6 * recipe.steps))
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine down to zero."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers, which halves the steps needed, and AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def train(
     recipe: Recipe, tokenizer: Any, pools: Sequence[Pool], weights: Sequence[float], seed: int
 ) -> LlamaForCausalLM:
-    """Train one model: clean answers first, then corrupted ones if the recipe asks for them."""
+    """Train one model: right answers first, then corrupted ones if the recipe asks for them."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build_model(recipe, tokenizer)
     model.train()
     corrupt = Corruptor(tokenizer, recipe.survival)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = make_optimizers(model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     total = recipe.steps + recipe.noisy_steps
     counts = shares(weights, recipe.batch)
     started, running = time.perf_counter(), 0.0
     for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, recipe.lr)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * rate(step, recipe)
         batch = draw_batch(pools, counts, generator)
         position = torch.arange(batch.ids.shape[1])
         answer = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
         ids = corrupt(batch.ids, answer, generator) if step >= recipe.steps else batch.ids
         targets = ids.masked_fill(~answer, IGNORE)
-        optimizer.zero_grad()
-        for rows in torch.arange(len(ids)).chunk(4):  # sorted by length, so little padding is computed
+        model.zero_grad()
+        for rows in torch.arange(len(ids)).chunk(3):  # sorted by length, so little padding is computed
             width = int(batch.lengths[rows].max())
             logits = model(input_ids=ids[rows, : width - 1], use_cache=False).logits
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), targets[rows, 1:width].flatten(), ignore_index=IGNORE, reduction="sum"
+            losses = F.cross_entropy(
+                logits.transpose(1, 2), targets[rows, 1:width], ignore_index=IGNORE, reduction="none"
             )
-            loss = loss / answer.sum()
-            loss.backward()
+            # A mean per answer first: else the long answers of a few tasks would outweigh the others.
+            loss = (losses.sum(dim=1) / answer[rows].sum(dim=1)).sum() / len(ids)
+            torch.autograd.backward(loss)
             running += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == total:
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+            mean = running / (step % LOG_EVERY + 1)
             seconds = time.perf_counter() - started
-            print(f"{recipe.name} step {step + 1}/{total} loss {running / 100:.4f} {seconds:.0f}s", flush=True)
+            print(f"{recipe.name} step {step + 1}/{total} loss {mean:.4f} {seconds:.0f}s", flush=True)
             running = 0.0
     return model
 
@@ -342,7 +359,9 @@ def sample_answers(
             finished |= chosen == tokenizer.eos_token_id
             columns.append(chosen)
             step_ids = chosen[:, None]
-        for owner, row, ended in zip(owners, torch.stack(columns, dim=1).tolist(), finished.tolist(), strict=True):
+        for owner, row, ended in zip(
+            owners, torch.stack(columns, dim=1).tolist(), finished.tolist(), strict=True
+        ):
             text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)]) if ended else None
             answers[owner].append(text)
     return answers
@@ -448,37 +467,73 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=QUICKSTART / "tasks.yaml", help="task mix")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     parser.add_argument("--quick", action="store_true", help="smoke run: a few steps, useless models")
     args = parser.parse_args(argv)
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     recipes = [
-        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1200),
-        Recipe("student", layers=3, hidden=128, intermediate=256, steps=900, noisy_steps=300, survival=0.25),
+        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=950),
+        Recipe("student", layers=4, hidden=128, intermediate=192, steps=800, noisy_steps=200, survival=0.25),
     ]
-    pool_size, per_task = 60_000, 200
+    pool_size, heldout_size = 40_000, 1200
     if args.quick:
-        pool_size, per_task = 300, 4
+        pool_size, heldout_size = 300, 24
         recipes = [Recipe(r.name, 1, 32, 64, 2, 2 if r.noisy_steps else 0, r.survival, 16) for r in recipes]
 
     tasks = load_tasks(args.tasks)
     trained = [list(task.items("train", args.seed, pool_size)) for task in tasks]
-    heldout = heldout_items(tasks, args.seed, per_task)
+    heldout = heldout_items(tasks, args.seed, heldout_size)
+    if {item.prompt for item in heldout} & {item.prompt for items in trained for item in items}:
+        raise RuntimeError("a held-out prompt occurs in training")
     sample = [text for items in trained for item in items[:4000] for text in (item.prompt, item.answer)]
     tokenizer = make_tokenizer(sample)
     check_round_trip(tokenizer, sample + [text for item in heldout for text in (item.prompt, item.answer)])
     pools = [make_pool(tokenizer, items) for items in trained]
     print(f"data ready after {time.perf_counter() - started:.0f}s, {len(tokenizer)} tokens", flush=True)
 
+    metrics: dict[str, Any] = {
+        "seed": args.seed,
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "tokenizers", "reasoning-gym")
+        },
+        "python": platform.python_version(),
+        "threads": args.threads,
+        "vocabulary": len(tokenizer),
+        "training_items": {task.name: len(items) for task, items in zip(tasks, trained, strict=True)},
+        "heldout_items": len(heldout),
+        "models": {},
+    }
     for recipe in recipes:
-        if args.only not in (None, recipe.name):
-            continue
+        begun = time.perf_counter()
         model = train(recipe, tokenizer, pools, [task.weight for task in tasks], args.seed)
-        save_model(model, tokenizer, args.out / recipe.name)
-        again = AutoModelForCausalLM.from_pretrained(args.out / recipe.name, dtype=torch.float32)
-        print(json.dumps(evaluate(again, tokenizer, tasks, heldout, args.seed), indent=1))
+        train_seconds = time.perf_counter() - begun
+        folder = args.out / recipe.name
+        shutil.rmtree(folder, ignore_errors=True)
+        save_model(model, tokenizer, folder)
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # bf16 weights, fp32 maths
+        results = evaluate(saved, AutoTokenizer.from_pretrained(folder), tasks, heldout, args.seed)
+        parameters = sum(p.numel() for p in saved.parameters())
+        card = CARD.format(
+            name=recipe.name,
+            parameters=parameters,
+            seed=args.seed,
+            tasks=", ".join(task.name for task in tasks),
+            story=STORIES[recipe.name],
+            items=len(heldout),
+            sampled=results["avg@4"],
+            greedy=results["greedy"],
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        metrics["models"][recipe.name] = {
+            "parameters": parameters,
+            "recipe": asdict(recipe),
+            "train_seconds": round(train_seconds, 1),
+            **results,
+        }
+        print(f"{recipe.name} avg@4 {results['avg@4']:.3f} greedy {results['greedy']:.3f}", flush=True)
+    metrics["wall_seconds"] = round(time.perf_counter() - started, 1)
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""How the ``[N, V]`` plane of logits is cut: vocabulary slices outermost, blocks of rows inside.
+
+A vocabulary slice outermost makes each slice of the weight's gradient one product, written once, and lets the
+statistics be merged slice by slice (or rank by rank) without the logits. Sizes come from bytes, never from a ratio
+of V and H.
+
+Legend: ``N`` rows (tokens), ``V`` vocabulary, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Logits and workspace a call may hold at a time, by default.
+DEFAULT_BUDGET_BYTES = 2**30
+# One CPU buffer is 4 MiB in float32: two stay in a shared L3 cache between the product and the passes over it,
+# while 1024 rows are enough for the product to run at full speed.
+_CPU_ELEMENTS, _CPU_ROWS = 2**20, 1024
+_GPU_MAX_ELEMENTS, _GPU_ROWS = 2**25, 16384
+_MIN_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Vocabulary ids ``[start, stop)``; ``kept`` says that its logits outlive the forward pass."""
+
+    start: int
+    stop: int
+    kept: bool
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The cut of one problem.
+
+    Args:
+        rows: N.
+        columns: True vocabulary size.
+        row_block: Rows per tile.
+        column_block: Vocabulary ids per tile.
+        kept: Number of leading vocabulary ids whose logits are kept for the backward pass.
+    """
+
+    rows: int
+    columns: int
+    row_block: int
+    column_block: int
+    kept: int
+
+    def slices(self) -> Iterator[Slice]:
+        """Vocabulary slices, kept ones first."""
+        for low, high, kept in ((0, self.kept, True), (self.kept, self.columns, False)):
+            for start in range(low, high, self.column_block):
+                yield Slice(start, min(start + self.column_block, high), kept)
+
+    def blocks(self) -> list[slice]:
+        """Row blocks."""
+        return [slice(i, min(i + self.row_block, self.rows)) for i in range(0, self.rows, self.row_block)]
+
+
+def tile_elements(device_type: str, budget_bytes: int, buffers: int, itemsize: int) -> int:
+    """Elements of one workspace buffer; at least 2**20, so that a small budget does not slow the products."""
+    if device_type == "cpu":
+        return _CPU_ELEMENTS
+    return max(2**20, min(_GPU_MAX_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
+
+
+def plan(
+    rows: int, columns: int, kept: int, *, device_type: str, elements: int, converted_width: int | None
+) -> Tiling:
+    """Choose tile sizes.
+
+    Args:
+        rows: N.
+        columns: True vocabulary size.
+        kept: Leading vocabulary ids whose logits are kept.
+        device_type: ``"cpu"`` or an accelerator.
+        elements: Elements of one workspace buffer.
+        converted_width: H where slices of the weight change dtype on their way to the product, else None; bounds
+            that copy by ``4 * elements``.
+    """
+    row_block = max(1, min(rows, _CPU_ROWS if device_type == "cpu" else _GPU_ROWS))
+    width = elements // row_block
+    if converted_width is not None:
+        width = min(width, 4 * elements // max(1, converted_width))
+    width = max(_MIN_COLUMNS, width // _MIN_COLUMNS * _MIN_COLUMNS)
+    return Tiling(rows, columns, row_block, min(width, max(1, columns)), kept)
+
+
+def kept_columns(rows: int, columns: int, *, bytes_left: int, streams: int, itemsize: int) -> int:
+    """How many leading vocabulary ids fit the budget when ``streams`` sets of logits are kept for each."""
+    per_column = max(1, rows * streams * itemsize)
+    fit = max(0, bytes_left) // per_column
+    if fit >= columns:
+        return columns
+    return fit // _MIN_COLUMNS * _MIN_COLUMNS
+
+
+class Workspace:
+    """Buffers of one tile each, allocated once per call and reused for every tile.
+
+    Args:
+        tiling: The cut.
+        buffers: Number of buffers.
+        like: Tensor whose device is used.
+        dtype: Dtype of the buffers.
+    """
+
+    def __init__(self, tiling: Tiling, buffers: int, like: Tensor, dtype: torch.dtype) -> None:
+        size = min(tiling.row_block, tiling.rows) * tiling.column_block
+        self._flat = [torch.empty(size, dtype=dtype, device=like.device) for _ in range(buffers)]
+
+    def tile(self, number: int, rows: int, columns: int) -> Tensor:
+        """Buffer ``number`` as a contiguous ``[rows, columns]`` matrix of stale values."""
+        return self._flat[number][: rows * columns].view(rows, columns)
+
+
+def kept_tile(flat: Tensor, tiling: Tiling, part: Slice, block: slice) -> Tensor:
+    """The ``[rows, columns]`` logits of one tile inside the flat store of kept logits (slice-major)."""
+    columns = len(part)
+    start = tiling.rows * part.start + block.start * columns
+    return flat[start : start + (block.stop - block.start) * columns].view(-1, columns)
