@@ -1,13 +1,15 @@
 """Does `TransformersEngine` sample faster than `model.generate`, and with how much memory?
 
-Both get the same prompts (ragged, left-padded), draw n completions each from the same randomly initialised model
-and run alternately in one process. Response lengths are geometric: the output head gives the EOS token a constant
-logit, so that a response ends with the same probability at every step and has a third of `--max-new-tokens` on
-average. Only real tokens count: those up to and including the EOS. The engine also returns log-probabilities;
-`generate` is not asked for them. On CUDA, `--continuous` adds transformers' continuous batching.
+Both get the same prompts (ragged, left-padded), draw n completions each from the same randomly initialised
+model and run alternately in one process. Response lengths are geometric: the output head gives the EOS token
+a constant logit, so that a response ends with the same probability at every step and has a third of
+`--max-new-tokens` on average. Only real tokens count: those up to and including the EOS. The engine also
+returns log-probabilities; `generate` is not asked for them. On CUDA, `--continuous` adds transformers'
+continuous batching.
 
     python benchmarks/rollout.py --sizes tiny,small --repeats 5
-    python benchmarks/rollout.py --sizes qwen-0.5b-like,qwen-1.5b-like --device cuda --dtype bfloat16 --continuous
+    python benchmarks/rollout.py --sizes qwen-0.5b-like,qwen-1.5b-like --device cuda --dtype bfloat16
+    --continuous
 
 Writes `benchmarks/results/rollout-*.json` (every run) and `.csv` (one line per size and lane).
 """
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import gc
 import json
 import math
 import os
@@ -94,7 +98,9 @@ def build(size: str, device: str, dtype: torch.dtype, end_probability: float) ->
         )
     )
     head = nn.Linear(hidden, vocabulary, bias=True)
-    nn.init.normal_(head.weight, std=0.5 / math.sqrt(hidden))  # logits ~ N(0, 0.5²): normed states have size √hidden
+    nn.init.normal_(
+        head.weight, std=0.5 / math.sqrt(hidden)
+    )  # logits ~ N(0, 0.5²): normed states have size √hidden
     nn.init.zeros_(head.bias)
     with torch.no_grad():
         head.weight[EOS] = 0
@@ -117,6 +123,8 @@ def peak_memory(device: str) -> Any:
         result.append(torch.cuda.max_memory_allocated() - before)
         return
     page = os.sysconf("SC_PAGE_SIZE")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which the next run would then use unseen
     done = threading.Event()
 
     def resident() -> int:
@@ -137,7 +145,9 @@ def peak_memory(device: str) -> Any:
     result.append(max(highest, resident()) - before)
 
 
-def lanes(decoder: Decoder, args: argparse.Namespace) -> dict[str, Callable[[list[list[int]], int], list[int]]]:
+def lanes(
+    decoder: Decoder, args: argparse.Namespace
+) -> dict[str, Callable[[list[list[int]], int], list[int]]]:
     """By name: a function from prompts and a seed to the real length of every completion."""
     device = args.device
 
@@ -241,7 +251,11 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def hardware(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {
@@ -256,7 +270,9 @@ def hardware(device: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="tiny,small", help=f"comma-separated, of {', '.join(SIZES)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -265,7 +281,9 @@ def main() -> None:
     parser.add_argument("--min-prompt", type=int, default=32, help="tokens of the shortest prompt")
     parser.add_argument("--max-prompt", type=int, default=128, help="tokens of the longest prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rows", type=int, default=0, help="rows the engine decodes at once; 0 = all, as generate")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="rows the engine decodes at once; 0 = all, as generate"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--continuous", action="store_true", help="add transformers' continuous batching")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
@@ -282,7 +300,9 @@ def main() -> None:
     name = "-".join(filter(None, ["rollout", args.device.replace(":", ""), args.tag]))
     command = "python benchmarks/rollout.py " + " ".join(sys.argv[1:])
     report = {"command": command.strip(), "hardware": hardware(args.device), "arguments": vars(args)}
-    (folder / f"{name}.json").write_text(json.dumps(report | {"summary": summary, "runs": records}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(
+        json.dumps(report | {"summary": summary, "runs": records}, indent=1) + "\n"
+    )
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*summary[0], *hardware(args.device)])
         writer.writeheader()

@@ -61,5 +61,3 @@ class CompletionWriter(BasePredictionWriter):
         """Say where the completions are."""
         if trainer.is_global_zero:
             print(f"completions written to {self._file}")
-
-

@@ -11,7 +11,8 @@ from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.loader import EvaluationLoader, RolloutLoader, RolloutMaker, text_completion
-from lightning_onpolicy.datamodules.prompts import PromptStream, Source, shard_of
+from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
+from lightning_onpolicy.datamodules.sources import Source
 from lightning_onpolicy.datamodules.rewards.base import Reward
 
 

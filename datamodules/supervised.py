@@ -8,7 +8,8 @@ from typing import Any
 from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, collate
 from lightning_onpolicy.datamodules.loader import text_completion
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
-from lightning_onpolicy.datamodules.prompts import PromptStream, Source
+from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.sources import Source
 
 
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:

@@ -1,13 +1,14 @@
 """The custom ops behind `token_stats`: schemas, fakes and autograd around the sweeps.
 
-The backward is an op of its own, so that compiled graphs hold both as single nodes. Logits kept within the budget
-are extra outputs of the forward op, since that is how an op hands tensors to its backward.
+The backward is an op of its own, so that compiled graphs hold each as one node. Logits kept within the budget are
+extra outputs of the forward op, since that is how an op hands tensors to its backward.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids per token.
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids per token, ``S`` saved statistics.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,318 +20,260 @@ from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtyp
 from lightning_onpolicy.kernels.sweep import Heads, Wanted, sweep_backward, sweep_forward
 from lightning_onpolicy.kernels.tiles import plan
 
+_PROBLEM = """
+    Tensor hidden, Tensor weight, Tensor? bias, Tensor? index, Tensor? temperature,
+    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,
+    float? soft_cap, float logit_scale, float? teacher_soft_cap, float teacher_logit_scale,
+    SymInt vocab_size, float beta, float alpha, ScalarType operand_dtype, ScalarType teacher_operand_dtype,
+    SymInt tile_elements, SymInt kept
+"""
+_N_TENSORS = 8
 
-def state_names(names: list[str], teacher: bool) -> list[str]:
-    """Rows of the ``[S, N]`` state that the forward op saves."""
-    out = ["lse"]
-    if teacher:
-        out.append("teacher_lse")
-    return out + [name for name in ("entropy", "reverse_kl", *CURVED) if name in names]
 
+@dataclass(frozen=True)
+class Problem:
+    """The arguments both ops share, in the order of their schemas.
 
-def _heads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    soft_cap: float | None,
-    logit_scale: float,
-    teacher_soft_cap: float | None,
-    teacher_logit_scale: float,
-    vocab_size: int,
-    operand_dtype: torch.dtype,
-    tile_elements: int,
-    kept: int,
-    stores: tuple[Tensor, Tensor] | None,
-) -> Heads:
-    student = HeadLogits.prepare(
-        hidden,
-        weight,
-        bias,
-        temperature=temperature,
-        soft_cap=soft_cap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        operand_dtype=operand_dtype,
-    )
-    teacher = None
-    widths = [] if weight.dtype == operand_dtype else [hidden.shape[1]]
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher = HeadLogits.prepare(
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            temperature=temperature,
-            soft_cap=teacher_soft_cap,
-            logit_scale=teacher_logit_scale,
-            vocab_size=vocab_size,
-            operand_dtype=operand_dtype,
+    Args:
+        hidden: ``[N, H]``.
+        weight: ``[V, H]``.
+        bias: ``[V]`` or None.
+        index: ``[N, K]`` int64 ids whose log-probabilities are wanted, or None.
+        temperature: ``[N]``, or None for 1.
+        teacher_hidden: ``[N, Ht]`` or None.
+        teacher_weight: ``[V2, Ht]`` or None.
+        teacher_bias: ``[V2]`` or None.
+        soft_cap: Student's cap, or None.
+        logit_scale: Student's scale.
+        teacher_soft_cap: Teacher's cap, or None.
+        teacher_logit_scale: Teacher's scale.
+        vocab_size: True vocabulary size of both.
+        beta: Teacher share of the JSD mixture.
+        alpha: Skew.
+        operand_dtype: Dtype of the student product's operands; float64 if and only if the teacher's is.
+        teacher_operand_dtype: Dtype of the teacher product's operands.
+        tile_elements: Elements of one workspace buffer.
+        kept: Leading vocabulary ids whose logits are kept.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor | None
+    temperature: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    soft_cap: float | None
+    logit_scale: float
+    teacher_soft_cap: float | None
+    teacher_logit_scale: float
+    vocab_size: int
+    beta: float
+    alpha: float
+    operand_dtype: torch.dtype
+    teacher_operand_dtype: torch.dtype
+    tile_elements: int
+    kept: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The fields, as the ops take them."""
+        return tuple(getattr(self, item.name) for item in fields(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of logits and statistics."""
+        return accumulation_dtype(self.operand_dtype)
+
+    def stores(self) -> tuple[Tensor, Tensor]:
+        """Uninitialised flat stores for the kept logits of student and teacher."""
+        size = self.hidden.shape[0] * self.kept
+        teacher_size = 0 if self.teacher_hidden is None else size
+        return self.hidden.new_empty(size, dtype=self.dtype), self.hidden.new_empty(teacher_size, dtype=self.dtype)
+
+    def state_names(self, names: list[str]) -> list[str]:
+        """Rows of the ``[S, N]`` state that the forward op saves for gradients of the outputs ``names``."""
+        out = ["lse"] if self.teacher_hidden is None else ["lse", "teacher_lse"]
+        return out + [name for name in ("entropy", "reverse_kl", *CURVED) if name in names]
+
+    def empty(self, names: list[str]) -> list[Tensor]:
+        """Uninitialised outputs and state: what fakes need, and the whole answer for N = 0."""
+        N = self.hidden.shape[0]
+        out = []
+        for name in names:
+            shape = (N, self.index.shape[1]) if name == "index_logp" and self.index is not None else (N,)
+            out.append(self.hidden.new_empty(shape, dtype=torch.int64 if name == "argmax" else self.dtype))
+        return [*out, self.hidden.new_empty((len(self.state_names(names)), N), dtype=self.dtype)]
+
+    def heads(self, stores: tuple[Tensor, Tensor], *, with_teacher: bool) -> Heads:
+        """Heads over the stores. The cut is the same with and without the teacher: the stores are laid out by it."""
+        converted = [self.hidden.shape[1]] if self.weight.dtype != self.operand_dtype else []
+        teacher = None
+        if self.teacher_hidden is not None and self.teacher_weight is not None:
+            if self.teacher_weight.dtype != self.teacher_operand_dtype:
+                converted.append(self.teacher_hidden.shape[1])
+            if with_teacher:
+                teacher = self._head(
+                    self.teacher_hidden,
+                    self.teacher_weight,
+                    self.teacher_bias,
+                    self.teacher_soft_cap,
+                    self.teacher_logit_scale,
+                    self.teacher_operand_dtype,
+                )
+        tiling = plan(
+            self.hidden.shape[0],
+            self.vocab_size,
+            self.kept,
+            device_type=self.hidden.device.type,
+            elements=self.tile_elements,
+            converted_width=max(converted) if converted else None,
         )
-        widths += [] if teacher_weight.dtype == operand_dtype else [teacher_hidden.shape[1]]
-    tiling = plan(
-        hidden.shape[0],
-        vocab_size,
-        kept,
-        device_type=hidden.device.type,
-        elements=tile_elements,
-        converted_width=max(widths) if widths else None,
-    )
-    if stores is None:
-        acc, size = accumulation_dtype(operand_dtype), hidden.shape[0] * kept
-        stores = (
-            hidden.new_empty(size, dtype=acc),
-            hidden.new_empty(0 if teacher is None else size, dtype=acc),
+        student = self._head(
+            self.hidden, self.weight, self.bias, self.soft_cap, self.logit_scale, self.operand_dtype
         )
-    return Heads(student, teacher, tiling, *stores)
+        return Heads(student, teacher, tiling, *stores)
 
-
-@torch.library.custom_op("lightning_onpolicy::token_stats", mutates_args=())
-def token_stats_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    temperature: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    outputs: str,
-    soft_cap: float | None,
-    logit_scale: float,
-    teacher_soft_cap: float | None,
-    teacher_logit_scale: float,
-    vocab_size: int,
-    beta: float,
-    alpha: float,
-    operand_dtype: torch.dtype,
-    tile_elements: int,
-    kept: int,
-) -> list[Tensor]:
-    """The comma-separated ``outputs`` in order, then state ``[S, N]``, kept student and teacher logits (flat)."""
-    names = outputs.split(",")
-    _check_ids(index, vocab_size)
-    with torch.autocast(hidden.device.type, enabled=False):
-        heads = _heads(
+    def _head(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        soft_cap: float | None,
+        logit_scale: float,
+        operand_dtype: torch.dtype,
+    ) -> HeadLogits:
+        return HeadLogits.prepare(
             hidden,
             weight,
             bias,
-            temperature,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            soft_cap,
-            logit_scale,
-            teacher_soft_cap,
-            teacher_logit_scale,
-            vocab_size,
-            operand_dtype,
-            tile_elements,
-            kept,
-            None,
+            temperature=self.temperature,
+            soft_cap=soft_cap,
+            logit_scale=logit_scale,
+            vocab_size=self.vocab_size,
+            operand_dtype=operand_dtype,
         )
-        if hidden.shape[0] == 0:
-            results = _empty(hidden, index, names, teacher_hidden is not None, accumulation_dtype(operand_dtype))
-        else:
-            out, state = sweep_forward(heads, names, index, Mixing(beta, alpha))
-            rows = [state[name] for name in state_names(names, teacher_hidden is not None)]
-            results = [out[name] for name in names] + [torch.stack(rows)]
-    return [*_distinct(results), heads.kept_z, heads.kept_t]
+
+
+@torch.library.custom_op(
+    "lightning_onpolicy::token_stats", mutates_args=(), schema=f"(str outputs, {_PROBLEM}) -> Tensor[]"
+)
+def token_stats_op(outputs: str, *arguments: Any) -> list[Tensor]:
+    """The comma-separated ``outputs`` in order, then the state ``[S, N]`` and both stores of kept logits."""
+    problem, names = Problem(*arguments), outputs.split(",")
+    _check_ids(problem.index, problem.vocab_size)
+    stores = problem.stores()
+    if problem.hidden.shape[0] == 0:
+        return [*problem.empty(names), *stores]
+    # Operand dtypes are this library's choice (operand_dtype); autocast would round the operands again.
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        heads = problem.heads(stores, with_teacher=True)
+        out, state = sweep_forward(heads, names, problem.index, Mixing(problem.beta, problem.alpha))
+        rows = torch.stack([state[name] for name in problem.state_names(names)])
+    return [*(out[name] for name in names), rows, *stores]
 
 
 @token_stats_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    temperature: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    outputs: str,
-    soft_cap: float | None,
-    logit_scale: float,
-    teacher_soft_cap: float | None,
-    teacher_logit_scale: float,
-    vocab_size: int,
-    beta: float,
-    alpha: float,
-    operand_dtype: torch.dtype,
-    tile_elements: int,
-    kept: int,
-) -> list[Tensor]:
-    teacher = teacher_hidden is not None
-    acc = accumulation_dtype(operand_dtype)
-    size = hidden.shape[0] * kept
-    stores = [hidden.new_empty(size, dtype=acc), hidden.new_empty(size if teacher else 0, dtype=acc)]
-    return [*_empty(hidden, index, outputs.split(","), teacher, acc), *stores]
+def _(outputs: str, *arguments: Any) -> list[Tensor]:
+    problem = Problem(*arguments)
+    return [*problem.empty(outputs.split(",")), *problem.stores()]
 
 
-@torch.library.custom_op("lightning_onpolicy::token_stats_backward", mutates_args=())
+@torch.library.custom_op(
+    "lightning_onpolicy::token_stats_backward",
+    mutates_args=(),
+    schema=f"""(str terms, Tensor table, Tensor? sparse, Tensor state, Tensor kept_z, Tensor kept_t,
+        bool want_hidden, bool want_weight, bool want_bias, {_PROBLEM}) -> Tensor[]""",
+)
 def token_stats_backward_op(
+    terms: str,
     table: Tensor,
     sparse: Tensor | None,
     state: Tensor,
     kept_z: Tensor,
     kept_t: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    temperature: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    terms: str,
-    soft_cap: float | None,
-    logit_scale: float,
-    teacher_soft_cap: float | None,
-    teacher_logit_scale: float,
-    vocab_size: int,
-    beta: float,
-    alpha: float,
-    operand_dtype: torch.dtype,
-    tile_elements: int,
-    kept: int,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted.
 
     ``table`` holds the coefficients named by the comma-separated ``terms``; ``state`` starts with the rows ``lse``
     and, with a teacher, ``teacher_lse``.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    problem, names = Problem(*arguments), terms.split(",")
+    with torch.autocast(problem.hidden.device.type, enabled=False):
         # A gradient that does not touch the teacher's logits does not compute them.
-        uses_teacher = any(name in terms.split(",") for name in ("c", "d", *CURVED))
-        heads = _heads(
-            hidden,
-            weight,
-            bias,
-            temperature,
-            teacher_hidden if uses_teacher else None,
-            teacher_weight if uses_teacher else None,
-            teacher_bias if uses_teacher else None,
-            soft_cap,
-            logit_scale,
-            teacher_soft_cap,
-            teacher_logit_scale,
-            vocab_size,
-            operand_dtype,
-            tile_elements,
-            kept,
-            (kept_z, kept_t),
-        )
-        rows = {"lse": state[0]}
-        if uses_teacher:
-            rows["teacher_lse"] = state[1]
+        with_teacher = any(name in names for name in ("c", "d", *CURVED))
         grad_hidden, grad_weight, grad_bias = sweep_backward(
-            heads,
-            hidden,
-            dict(zip(terms.split(","), table, strict=True)),
-            index,
+            problem.heads((kept_z, kept_t), with_teacher=with_teacher),
+            problem.hidden,
+            problem.weight,
+            dict(zip(names, table, strict=True)),
+            problem.index if sparse is not None else None,
             sparse,
-            rows,
-            Mixing(beta, alpha),
+            {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
+            Mixing(problem.beta, problem.alpha),
             Wanted(want_hidden, want_weight, want_bias),
-            weight,
         )
+    if problem.bias is not None and want_bias:
         # dz is the gradient of the unscaled product; the bias is added after the scale.
-        grad_bias = grad_bias.div_(logit_scale) if want_bias else grad_bias
-    return [
-        grad_hidden.to(hidden.dtype),
-        grad_weight,
-        grad_bias if bias is None else grad_bias.to(bias.dtype),
-    ]
+        grad_bias = grad_bias.div_(problem.logit_scale).to(problem.bias.dtype)
+    return [grad_hidden.to(problem.hidden.dtype), grad_weight, grad_bias]
 
 
 @token_stats_backward_op.register_fake
 def _(
+    terms: str,
     table: Tensor,
     sparse: Tensor | None,
     state: Tensor,
     kept_z: Tensor,
     kept_t: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *args: Any,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
-    *_, want_hidden, want_weight, want_bias = args
-    acc = kept_z.dtype
+    problem = Problem(*arguments)
+    like = (problem.hidden, problem.weight, problem.bias)
     return [
-        torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if want_hidden
-        else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if want_weight
-        else hidden.new_empty(0, dtype=acc),
-        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=acc if bias is None else bias.dtype),
+        problem.hidden.new_empty(x.shape if want and x is not None else (0,), dtype=(state if x is None else x).dtype)
+        for x, want in zip(like, (want_hidden, want_weight, want_bias), strict=True)
     ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, options = inputs[:8], inputs[8:]
-    names = options[0].split(",")
-    state, kept_z, kept_t = output[len(names) :]
+    names = inputs[0].split(",")
+    saved = output[len(names) :]
+    metrics = [x for name, x in zip(names, output, strict=False) if name == "max_logp"]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(
-        state, kept_z, kept_t, *(x for name, x in zip(names, output, strict=False) if name == "max_logp")
-    )
-    ctx.save_for_backward(*tensors, state, kept_z, kept_t)
-    ctx.names, ctx.options = names, options[1:]
+    ctx.mark_non_differentiable(*saved, *metrics)
+    ctx.save_for_backward(*inputs[1 : 1 + _N_TENSORS], *saved)
+    ctx.names, ctx.options = names, inputs[1 + _N_TENSORS :]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, state, kept_z, kept_t = ctx.saved_tensors
-    bias, index, temperature, teacher_hidden = tensors[2], tensors[3], tensors[4], tensors[5]
-    wanted = ctx.needs_input_grad[:3]
-    grads_by_name = dict(zip(ctx.names, grads, strict=False))
-    saved = dict(zip(state_names(ctx.names, teacher_hidden is not None), state.unbind(0), strict=True))
-    logit_scale = ctx.options[1]
-    factor = logit_scale if temperature is None else logit_scale / temperature.to(state.dtype)
-    found = coefficients(grads_by_name, saved, factor)
+    problem = Problem(*tensors, *ctx.options)
+    wanted = list(ctx.needs_input_grad[1:4])
+    factor: Tensor | float = problem.logit_scale
+    if problem.temperature is not None:
+        factor = problem.logit_scale / problem.temperature.to(state.dtype)
+    found = coefficients(
+        dict(zip(ctx.names, grads, strict=False)),
+        dict(zip(problem.state_names(ctx.names), state.unbind(0), strict=True)),
+        factor,
+    )
     results = token_stats_backward_op(
-        found.table,
-        found.sparse,
-        state,
-        kept_z,
-        kept_t,
-        *tensors[:3],
-        index if found.sparse is not None else None,
-        *tensors[4:],
-        ",".join(found.names),
-        *ctx.options,
-        *wanted[:2],
-        wanted[2] and bias is not None,
+        ",".join(found.names), found.table, found.sparse, state, kept_z, kept_t, *wanted, *problem.arguments()
     )
     out = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
-    return (*out, *([None] * 16))
+    return (None, *out, *([None] * (len(fields(Problem)) - len(out))))
 
 
 token_stats_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _empty(
-    hidden: Tensor, index: Tensor | None, names: list[str], teacher: bool, acc: torch.dtype
-) -> list[Tensor]:
-    """Uninitialised statistics and state, as their shapes: fakes, and the whole answer for N = 0."""
-    N = hidden.shape[0]
-    out = []
-    for name in names:
-        shape = (N, index.shape[1]) if name == "index_logp" and index is not None else (N,)
-        out.append(hidden.new_empty(shape, dtype=torch.int64 if name == "argmax" else acc))
-    out.append(hidden.new_empty((len(state_names(names, teacher)), N), dtype=acc))
-    return out
-
-
-def _distinct(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous tensors that own their memory: an op's outputs may not alias one another."""
-    return [x.contiguous() for x in tensors]
 
 
 def _check_ids(index: Tensor | None, vocab_size: int) -> None:

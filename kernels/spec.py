@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -117,8 +116,3 @@ def _register_pytree() -> None:
 _register_pytree()
 
 
-def tensor_temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:
-    """Temperature as a float, or as a detached ``[N]`` tensor on the device of ``like``."""
-    if isinstance(temperature, torch.Tensor):
-        return temperature.detach().to(device=like.device)
-    return float(temperature)

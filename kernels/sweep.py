@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.coefficients import logit_gradient
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing, curve, curve_sums
-from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype, multiply
+from lightning_onpolicy.kernels.head_logits import HeadLogits, multiply
 from lightning_onpolicy.kernels.moments import Moments, merge, tile_moments
 from lightning_onpolicy.kernels.tiles import Slice, Tiling, Workspace, kept_tile
 
@@ -202,26 +202,26 @@ class Wanted:
 def sweep_backward(
     heads: Heads,
     hidden: Tensor,
+    weight: Tensor,
     table: dict[str, Tensor],
     index_NK: Tensor | None,
     sparse_NK: Tensor | None,
     state: dict[str, Tensor],
     mixing: Mixing,
     wanted: Wanted,
-    weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty tensors for those not wanted.
 
     Args:
         heads: Heads with the stores that the forward sweep filled.
         hidden: ``[N, H]`` hidden states as given.
+        weight: ``[padded V, H]`` weight as given.
         table: ``[N]`` coefficients by name.
         index_NK: Indexed ids, or None.
         sparse_NK: Gradients at the indexed ids, or None.
         state: ``lse`` and, with a teacher, ``teacher_lse``.
         mixing: Mixture weights.
         wanted: Which gradients.
-        weight: ``[padded V, H]`` weight as given.
 
     Returns:
         ``[N, H]``, ``[padded V, H]`` and ``[padded V]`` in the accumulation dtype, except the weight's, which is
@@ -329,6 +329,3 @@ def _concatenate(parts: Sequence[Moments]) -> Moments:
     m, s = (torch.cat([getattr(part, name) for part in parts]) for name in ("m", "s"))
     rest = ("a", "teacher_m", "teacher_s", "d", "teacher_d", "argmax")
     return Moments(m, s, **{name: joined(name) for name in rest})
-
-
-__all__ = ["Heads", "Wanted", "accumulation_dtype", "sweep_backward", "sweep_forward"]

@@ -1,13 +1,26 @@
-"""Per-token statistics of a language-model head, from hidden states."""
+"""Per-token statistics of a language-model head, from hidden states, without ``[tokens, vocab]`` logits.
+
+One composable op instead of fused losses: any subset of statistics, each differentiable with arbitrary per-token
+upstream gradients, so that policy-gradient and distillation losses stay ordinary PyTorch over its outputs.
+
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head (true vocabulary and padding), ``K`` ids per token;
+``p`` student, ``q`` teacher, both at the same temperature.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_onpolicy.kernels import reference
-from lightning_onpolicy.kernels.spec import TeacherHead, TokenStats, TopK
+from lightning_onpolicy.kernels.checks import check
+from lightning_onpolicy.kernels.divergences import CURVED
+from lightning_onpolicy.kernels.ops import Problem, token_stats_op
+from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
+from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
+from lightning_onpolicy.kernels.topk import topk_kl
 
 
 def token_stats(
@@ -26,10 +39,182 @@ def token_stats(
     topk: TopK | None = None,
     beta: float = 0.5,
     alpha: float = 0.1,
-    budget_bytes: int = 512 * 2**20,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> TokenStats:
-    """Per-token statistics of a language-model head, from hidden states."""
-    return reference.token_stats(
-        hidden, weight, targets, outputs=outputs, bias=bias, temperature=temperature, soft_cap=soft_cap,
-        logit_scale=logit_scale, vocab_size=vocab_size, ids=ids, teacher=teacher, topk=topk, beta=beta, alpha=alpha,
+    """Per-token statistics of ``p = softmax(soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature)``.
+
+    Differentiable with respect to ``hidden``, ``weight`` and ``bias``, once (no double backward); gradients are
+    computed only where ``requires_grad`` asks, so a frozen head costs no product for its weight.
+
+    Outputs:
+        - ``logp``: log p of the target.
+        - ``lse``: log-sum-exp of the logits over the temperature.
+        - ``entropy``: entropy of p, in nats.
+        - ``logp_at_ids``: ``[N, K]`` log p at ``ids``.
+        - ``reverse_kl``: KL(p || q); ``forward_kl``: KL(q || p).
+        - ``jsd``: β KL(q || m) + (1-β) KL(p || m), m = β q + (1-β) p.
+        - ``skew_forward_kl``: KL(q || α q + (1-α) p); ``skew_reverse_kl``: KL(p || (1-α) q + α p).
+        - ``total_variation``: ½ Σ |p - q|.
+        - ``topk_reverse_kl``, ``topk_forward_kl``: KL over the ids of ``topk`` and a bucket for all other ids.
+        - ``max_logp``, ``argmax`` (int64): the most probable id; metrics, without gradient.
+
+    Args:
+        hidden: ``[N, H]`` last hidden states, after the final norm; floating point.
+        weight: ``[V, H]`` output head.
+        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: drop masked tokens first. Ids
+            outside the vocabulary raise on the CPU and give NaN elsewhere.
+        outputs: Names of statistics to compute, in the order they come back.
+        bias: ``[V]``, added after the scale. Ids with a bias of -inf have probability 0.
+        temperature: Positive float or ``[N]`` tensor, applied to student and teacher; gets no gradient.
+        soft_cap: Cap of ``cap · tanh(x / cap)`` (Gemma 2: ``final_logit_softcapping``), or None.
+        logit_scale: Factor on the product (Cohere: ``logit_scale``).
+        vocab_size: True vocabulary size; later rows of ``weight`` are padding with probability 0.
+        ids: ``[N, K]`` int64, needed by ``logp_at_ids``.
+        teacher: White-box teacher, needed by the divergences over the full vocabulary.
+        topk: Teacher log-probabilities at K ids, needed by the top-k divergences.
+        beta: Teacher share of the JSD mixture, in (0, 1). Towards 0 and 1 the JSD vanishes: its limits are not
+            the KLs, which are outputs of their own.
+        alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
+        budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward pass
+            while the budget lasts and recomputed past it. The workspace itself does not shrink below 4 MiB (2**20
+            float32) per buffer, two to five buffers; its size depends neither on N nor on V.
+
+    Returns:
+        Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
+
+    Raises:
+        ValueError: If an output is unknown, a tensor that an output needs is missing, or a shape, dtype, device
+            or range is wrong; the message names the argument.
+
+    Example:
+        >>> hidden, weight = torch.randn(3, 8), torch.randn(50, 8, requires_grad=True)
+        >>> stats = token_stats(hidden, weight, torch.tensor([1, 2, 3]), outputs=("logp", "entropy"))
+        >>> (-stats.logp.mean() - 0.01 * stats.entropy.mean()).backward()
+        >>> weight.grad.shape
+        torch.Size([50, 8])
+    """
+    teacher = _gather(teacher)
+    size = check(
+        hidden,
+        weight,
+        targets,
+        outputs=outputs,
+        bias=bias,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        ids=ids,
+        teacher=teacher,
+        topk=topk,
+        beta=beta,
+        alpha=alpha,
+        budget_bytes=budget_bytes,
     )
+    needs_teacher = any(name in TEACHER_OUTPUTS for name in outputs)
+    used = teacher if needs_teacher else None
+    index, columns = _index(outputs, targets, ids, topk)
+    names = [name for name in outputs if name not in ("logp", "logp_at_ids", *TOPK_OUTPUTS)]
+    if index is not None:
+        names.append("index_logp")
+    operand = operand_dtype(hidden, weight)
+    itemsize = 8 if operand == torch.float64 else 4
+    streams = 1 if used is None else 2
+    buffers = 2 * streams + (0 if soft_cap is None else 1)
+    elements = tile_elements(hidden.device.type, budget_bytes, buffers, itemsize)
+    trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    kept = 0
+    if (trained and torch.is_grad_enabled()) or any(name in CURVED for name in names):
+        left = budget_bytes - buffers * elements * itemsize
+        kept = kept_columns(hidden.shape[0], size, bytes_left=left, streams=streams, itemsize=itemsize)
+    problem = Problem(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        index=index,
+        temperature=_temperature(temperature, hidden),
+        teacher_hidden=None if used is None else used.hidden.detach(),
+        teacher_weight=None if used is None else used.weight.detach(),
+        teacher_bias=None if used is None or used.bias is None else used.bias.detach(),
+        soft_cap=soft_cap,
+        logit_scale=logit_scale,
+        teacher_soft_cap=None if used is None else used.soft_cap,
+        teacher_logit_scale=1.0 if used is None else used.logit_scale,
+        vocab_size=size,
+        beta=beta,
+        alpha=alpha,
+        operand_dtype=operand,
+        teacher_operand_dtype=operand if used is None else operand_dtype(used.hidden, used.weight, like=hidden),
+        tile_elements=elements,
+        kept=kept,
+    )
+    found = dict(zip(names, token_stats_op(",".join(names), *problem.arguments()), strict=False))
+    picked = found.pop("index_logp", None)
+    if picked is not None:
+        parts = dict(zip(columns, picked.split(list(columns.values()), dim=1), strict=True))
+        if "logp" in parts:
+            found["logp"] = parts["logp"].squeeze(1)
+        if "logp_at_ids" in parts:
+            found["logp_at_ids"] = parts["logp_at_ids"]
+        if topk is not None and "topk" in parts:
+            for name in TOPK_OUTPUTS:
+                if name in outputs:
+                    found[name] = topk_kl(parts["topk"], topk.logps, reverse=name == "topk_reverse_kl")
+    return TokenStats({name: found[name] for name in outputs})
+
+
+def _index(
+    outputs: Sequence[str], targets: Tensor | None, ids: Tensor | None, topk: TopK | None
+) -> tuple[Tensor | None, dict[str, int]]:
+    """All ids whose log-probabilities are wanted, side by side, and how many columns are whose."""
+    parts: dict[str, Tensor] = {}
+    if "logp" in outputs and targets is not None:
+        parts["logp"] = targets.unsqueeze(1)
+    if "logp_at_ids" in outputs and ids is not None:
+        parts["logp_at_ids"] = ids
+    if topk is not None and any(name in TOPK_OUTPUTS for name in outputs):
+        parts["topk"] = topk.ids
+    if not parts:
+        return None, {}
+    return torch.cat(list(parts.values()), dim=1), {name: part.shape[1] for name, part in parts.items()}
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor, like: Tensor | None = None) -> torch.dtype:
+    """Dtype of a product's operands.
+
+    On the CPU float32; elsewhere autocast's dtype, or else the one that holds hidden states and weight. float64 if
+    and only if the student's hidden states are.
+
+    Args:
+        hidden: ``[N, H]``.
+        weight: ``[V, H]``.
+        like: The student's hidden states, where ``hidden`` is the teacher's.
+    """
+    if (hidden if like is None else like).dtype == torch.float64:
+        return torch.float64
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype == torch.float64 or hidden.device.type == "cpu":
+        return torch.float32
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return dtype
+
+
+def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
+    if isinstance(temperature, Tensor):
+        return temperature.detach()
+    if temperature == 1:
+        return None
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_full((hidden.shape[0],), temperature, dtype=dtype)
+
+
+def _gather(teacher: TeacherHead | None) -> TeacherHead | None:
+    """The teacher with a plain weight and bias: sharded ones are gathered for the call."""
+    if teacher is None:
+        return None
+    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (teacher.weight, teacher.bias))
+    if weight is teacher.weight and bias is teacher.bias:
+        return teacher
+    assert weight is not None
+    return TeacherHead(teacher.hidden, weight, bias, teacher.soft_cap, teacher.logit_scale, teacher.vocab_size)

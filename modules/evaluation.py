@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
-from lightning_onpolicy.modules import parallel
-from lightning_onpolicy.modules.outcome import Tally
-
-if TYPE_CHECKING:
-    from lightning_onpolicy.modules.metrics import RolloutMetrics
+from lightning_onpolicy.modules.aggregate import scatter
+from lightning_onpolicy.modules.keys import prompt_key
+from lightning_onpolicy.modules.metrics import RolloutMetrics, WeightedMean
 
 
 class RolloutEvaluation(pl.LightningModule):
     """Mixin: ``validate`` and ``test`` report avg@k, pass@k, lengths, truncation; ``predict`` returns completions."""
 
-    _stage_metrics: RolloutMetrics | None = None
-    _stage_tally: Tally | None = None
+    _rollout_metrics: RolloutMetrics | None = None
+    _token_metrics: dict[str, WeightedMean]
 
     def evaluate(self, micro: RolloutBatch) -> dict[str, Tensor]:
         """Further per-token values ``[N]`` to report the mean of, e.g. divergences to a teacher."""
@@ -30,26 +28,31 @@ class RolloutEvaluation(pl.LightningModule):
         raise TypeError("RolloutEvaluation is a mixin of OnPolicyModule.")
 
     def _start(self) -> None:
-        from lightning_onpolicy.modules.metrics import RolloutMetrics
-
-        self._stage_metrics = RolloutMetrics().to(self.device)
-        self._stage_tally = Tally(self.device)
+        self._rollout_metrics = RolloutMetrics().to(self.device)
+        self._token_metrics = {}
 
     def _step(self, batch: RolloutBatch) -> None:
-        if self._stage_metrics is None or self._stage_tally is None:
-            self._start()
-        assert self._stage_metrics is not None and self._stage_tally is not None
-        self._stage_metrics.update(batch)
+        assert self._rollout_metrics is not None
+        self._rollout_metrics.update(batch)
         with torch.no_grad():
             for micro in self._micro_batches(batch, self.loop.micro_batch_tokens):  # type: ignore[attr-defined]
-                self._stage_tally.add(self.evaluate(micro))
+                mask = micro.response_mask
+                for name, value_N in self.evaluate(micro).items():
+                    metric = self._token_metrics.setdefault(name, WeightedMean(name).to(self.device))
+                    metric.update(
+                        scatter(value_N, mask).sum(1),
+                        mask[:, 1:].sum(1),
+                        torch.tensor([prompt_key(p) for p in micro.prompts], device=self.device),
+                        micro.extra.get("counted"),
+                    )
 
     def _end(self, stage: str) -> None:
-        assert self._stage_metrics is not None and self._stage_tally is not None
-        values = self._stage_metrics.compute()
-        values |= self._stage_tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
-        self._stage_metrics = self._stage_tally = None
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, rank_zero_only=False)
+        assert self._rollout_metrics is not None
+        values = self._rollout_metrics.compute()
+        for metric in self._token_metrics.values():
+            values |= metric.compute()
+        self._rollout_metrics, self._token_metrics = None, {}
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""

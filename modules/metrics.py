@@ -2,15 +2,14 @@
 
 Legend: ``B`` rows of one update (one response each).
 
-Every metric stores its rows as lists that are concatenated over ranks, because an interval clustered by prompt needs
-the rows. Ranks are padded to equal numbers of batches with repeated prompts; rows flagged ``counted=False`` are such
-repeats and are dropped on arrival, so what ranks hold together is what one process would hold. Every rank must
-update at least once (with ``counted`` all False if it has nothing to say).
+Every metric stores its rows as lists that are concatenated over ranks, because an interval clustered by
+prompt needs the rows. Ranks are padded to equal numbers of batches with repeated prompts; rows flagged
+``counted=False`` are such repeats and are dropped on arrival, so what ranks hold together is what one process
+would hold. Every rank must update at least once (with ``counted`` all False if it has nothing to say).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,32 +19,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch
+from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.modules.keys import prompt_key, sample_index, stable_hash
 from lightning_onpolicy.modules.statistics import Interval, average_at_k, pass_at_k, weighted_mean
 
 CORRECT = 1.0 - 1e-6
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit number from anything printable, equal on all ranks and in all runs (Python's ``hash`` is not)."""
-    digest = hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def prompt_key(prompt: Prompt) -> int:
-    """The number that stands for a prompt: from its source and uid, or from its token ids where it has no uid."""
-    return stable_hash(prompt.source, prompt.uid or prompt.ids)
-
-
-def sample_index(group: Tensor) -> Tensor:
-    """``[B]`` int64: the how-manieth row of its group each row is, from 0.
-
-    Example:
-        >>> sample_index(torch.tensor([7, 7, 3, 7]))
-        tensor([0, 1, 0, 2])
-    """
-    same = group[:, None] == group[None, :]
-    return same.tril(-1).sum(1)
 
 
 class _Rows(Metric):
@@ -79,9 +57,9 @@ class _Rows(Metric):
 class AvgAtK(_Rows):
     """avg@k: the mean score, with intervals over prompts and over seeds.
 
-    ``compute`` returns ``accuracy``, ``accuracy_low``, ``accuracy_high`` (over prompts), ``accuracy_seed_std``,
-    ``accuracy_seed_low``, ``accuracy_seed_high`` (over the k seeds) and ``unscored``; what is not defined, such as
-    an interval from one prompt, is left out.
+    ``compute`` returns ``accuracy``, ``accuracy_low``, ``accuracy_high`` (over prompts),
+    ``accuracy_seed_std``, ``accuracy_seed_low``, ``accuracy_seed_high`` (over the k seeds) and ``unscored``;
+    what is not defined, such as an interval from one prompt, is left out.
 
     Args:
         confidence: Coverage of the intervals.
@@ -170,11 +148,11 @@ class TruncationRate(_Rows):
 
     def update(self, finished: Tensor, counted: Tensor | None = None) -> None:
         """Add rows: ``[B]`` bool, True if the response ended by itself."""
-        self._append(counted, finished=finished)
+        self._append(counted, finished=finished.float())
 
     def compute(self) -> dict[str, float]:
         """The value over all ranks."""
-        return _known({"truncated": _mean(1.0 - self._column("finished").double())})
+        return _known({"truncated": _mean(1.0 - self._column("finished"))})
 
 
 class WeightedMean(_Rows):
@@ -208,16 +186,17 @@ class WeightedMean(_Rows):
 
 
 class RolloutMetrics(_Rows):
-    """All of an evaluation's numbers from its :class:`RolloutBatch` es.
+    """All of an evaluation's numbers, straight from its batches.
 
-    ``compute`` returns what :class:`AvgAtK`, :class:`PassAtK`, :class:`ResponseLength` and :class:`TruncationRate`
-    do, and ``accuracy/<source>`` per named source. Accuracy is the mean reward itself; pass@k and the lengths'
-    split call a row correct if its reward is at least ``correct_threshold``. Off-policy rows are not counted.
+    ``compute`` returns what :class:`AvgAtK`, :class:`PassAtK`, :class:`ResponseLength` and
+    :class:`TruncationRate` do, and ``accuracy/<source>`` per named source. Accuracy is the mean reward
+    itself; pass@k and the lengths' split call a row correct if its reward is at least ``correct_threshold``.
+    Off-policy rows are not counted.
 
-    Sources are names, which cannot be gathered as tensors; every row carries its source's stable hash instead, and
-    each rank adds to the gathered states a table of the names it has seen, as UTF-8 bytes. After gathering, all
-    ranks hold all names, so that all log the same keys (a rank that lacked one would hang in the logger's
-    reduction).
+    Sources are names, which cannot be gathered as tensors; every row carries its source's stable hash
+    instead, and each rank adds to the gathered states a table of the names it has seen, as UTF-8 bytes. After
+    gathering, all ranks hold all names, so that all log the same keys (a rank that lacked one would hang in
+    the logger's reduction).
 
     Args:
         ks: For pass@k; default: powers of two up to the number of samples per prompt.
@@ -245,7 +224,7 @@ class RolloutMetrics(_Rows):
         """
         if len(batch.prompts) != len(batch):
             raise ValueError(
-                f"the batch has {len(batch)} rows and {len(batch.prompts)} prompts: evaluation needs one per row."
+                f"evaluation needs a prompt per row: {len(batch)} rows, {len(batch.prompts)} prompts."
             )
         counted = batch.on_policy & batch.extra.get("counted", torch.ones_like(batch.on_policy)).bool()
         self._append(
@@ -254,11 +233,14 @@ class RolloutMetrics(_Rows):
             key=torch.tensor([prompt_key(p) for p in batch.prompts]),
             sample=sample_index(batch.group),
             length=batch.response_lengths,
-            finished=batch.finished,
+            finished=batch.finished.float(),
             source=torch.tensor([stable_hash(p.source) for p in batch.prompts]),
         )
         text = "".join(name + "\0" for name in sorted({p.source for p in batch.prompts}))
-        self.names.append(torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device))  # type: ignore[operator, union-attr]
+        table = torch.tensor(
+            list(text.encode("utf-8", "surrogatepass")), dtype=torch.uint8, device=self.device
+        )
+        getattr(self, "names").append(table)  # noqa: B009 (mypy cannot know that a state is a list)
 
     def compute(self) -> dict[str, float]:
         """The values over all ranks."""
@@ -266,7 +248,7 @@ class RolloutMetrics(_Rows):
         out = _accuracy(score, key, sample, self.confidence)
         out |= _passes(score, key, self.ks, self.correct_threshold, self.confidence)
         out |= _lengths(self._column("length"), score, self.correct_threshold)
-        out |= _known({"truncated": _mean(1.0 - self._column("finished").double())})
+        out |= _known({"truncated": _mean(1.0 - self._column("finished"))})
         source = self._column("source")
         for name in self._sources():
             rows = source == stable_hash(name)
@@ -278,7 +260,7 @@ class RolloutMetrics(_Rows):
         names: Any = self.names
         if isinstance(names, list) and not names:
             return []
-        text = bytes(dim_zero_cat(names).cpu().tolist()).decode()
+        text = bytes(dim_zero_cat(names).cpu().tolist()).decode("utf-8", "surrogatepass")
         return sorted({name for name in text.split("\0") if name})
 
 

@@ -47,11 +47,6 @@ def refuse_unfit(trainer: Any) -> None:
         raise ValueError("DeepSpeed is not supported: use DDP or ModelParallelStrategy (FSDP2) instead.")
     if trainer.precision == "16-mixed":
         raise ValueError("precision=16-mixed scales losses, which clipping here does not undo: use bf16-mixed.")
-    if trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            "gradient_clip_val and accumulate_grad_batches belong to automatic optimisation: set the module's "
-            "loop.max_grad_norm and loop.micro_batch_tokens instead."
-        )
 
 
 def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:

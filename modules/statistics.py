@@ -2,9 +2,9 @@
 
 Legend: ``R`` scored rows (one response each), ``P`` prompts, ``k`` samples per prompt.
 
-Responses to one prompt are not independent, so the unit of every interval here is the prompt (Miller, "Adding
-Error Bars to Evals", 2411.00640, section 2.2): rows are reduced to one value per prompt, and Student's t is taken
-over prompts. Everything is computed on the CPU in float64, in an order that does not depend on the order of the rows.
+Responses to one prompt are not independent, so the unit of every interval here is the prompt (clustered
+standard errors: Miller, "Adding Error Bars to Evals", 2411.00640): rows are reduced to one value per prompt,
+and Student's t is taken over prompts. Everything is computed on the CPU in float64.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Interval:
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with ``df`` degrees of freedom.
 
-    Up to 200 degrees the distribution function is the finite series for integer ``df`` (Abramowitz and Stegun,
-    26.7.3 and 26.7.4), inverted by bisection; above, the Cornish-Fisher expansion (26.7.5), good to 1e-9 there.
+    Up to 200 degrees the distribution function is the finite series for integer ``df`` (Abramowitz and
+    Stegun, 26.7.3 and 26.7.4), inverted by bisection; above, the Cornish-Fisher expansion (26.7.5), good to
+    1e-9 there.
 
     Args:
         p: Probability in (0, 1).
@@ -68,7 +69,7 @@ def t_quantile(p: float, df: int) -> float:
             (5 * z**5 + 16 * z**3 + 3 * z) / 96,
             (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         )
-        return sum(term / df**i for i, term in enumerate(terms))
+        return float(sum(term / df**i for i, term in enumerate(terms)))
     low, high = 0.0, math.pi / 2  # t = sqrt(df) tan(angle)
     for _ in range(64):
         middle = (low + high) / 2
@@ -161,7 +162,7 @@ def average_at_k(scores: Tensor, key: Tensor, sample: Tensor, confidence: float 
 
 
 def unbiased_pass_at_k(n: Tensor, c: Tensor, k: int) -> Tensor:
-    """``1 - C(n-c, k) / C(n, k)``: the chance that k of the n samples, drawn without replacement, hold a correct one.
+    """``1 - C(n-c, k) / C(n, k)``: the chance that k of the n samples include a correct one.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code", 2107.03374, equation 1.
 
@@ -209,8 +210,8 @@ def pass_at_k(
     Args:
         scores: ``[R]``; NaN = not scored, left out.
         key: ``[R]`` int64, the prompt of each row.
-        ks: Numbers of samples; default: the powers of two up to the largest number of samples of a prompt. Prompts
-            with fewer than k scored samples do not enter pass@k; a k that no prompt has is left out.
+        ks: Numbers of samples; default: the powers of two up to the largest number of samples of a prompt.
+            Prompts with fewer than k scored samples do not enter pass@k; a k that no prompt has is left out.
         threshold: A row is correct if its score is at least this.
         confidence: Coverage of the intervals.
     """
@@ -235,7 +236,7 @@ def weighted_mean(totals: Tensor, weights: Tensor, key: Tensor, confidence: floa
     """``Σ totals / Σ weights`` (say, nats per token) with an interval over prompts.
 
     A ratio of two sums that both vary from prompt to prompt; the interval is that of the linearised ratio
-    (Cochran, "Sampling Techniques", 3rd edition, section 6.5).
+    (Cochran, "Sampling Techniques", chapter 6).
 
     Args:
         totals: ``[R]`` summed values per row; rows where it is NaN are left out.
@@ -263,8 +264,8 @@ def paired_difference(
 ) -> Interval:
     """Mean of ``a - b`` over the prompts both were evaluated on, with its interval.
 
-    Pairing by prompt removes what the prompts' difficulty adds to the variance, so two checkpoints compare far
-    more sharply than their separate intervals suggest.
+    Pairing by prompt removes what the prompts' difficulty adds to the variance, so two checkpoints compare
+    far more sharply than their separate intervals suggest.
 
     Args:
         a: Scores by prompt uid; NaN = not scored.

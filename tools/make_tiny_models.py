@@ -52,6 +52,7 @@ CHAT_TEMPLATE = (
 )
 MAX_ANSWER_TOKENS = 24
 IGNORE = -100
+MAX_NOISE = 0.35  # of one token: more would hide the right one in short answers
 LOG_EVERY = 100
 PACKAGES = ("torch", "transformers", "tokenizers", "reasoning-gym")
 
@@ -208,7 +209,7 @@ class Corruptor:
         """Return a copy of ``ids`` with some of the tokens under the mask ``answer`` replaced."""
         kinds = self.kind[ids] * answer
         count = (kinds > 0).sum(dim=1, keepdim=True).clamp_min(1)
-        chance = 1.0 - self.survival ** (1.0 / count)
+        chance = (1.0 - self.survival ** (1.0 / count)).clamp_max(MAX_NOISE)
         hit = torch.rand(ids.shape, generator=generator) < chance
         out = ids.clone()
         for kind, members in enumerate(self.members[1:], start=1):
@@ -267,9 +268,9 @@ def draw_batch(pools: Sequence[Pool], counts: Sequence[int], generator: torch.Ge
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Return the learning-rate factor of a step: both phases decay to zero, the noisy one from 0.3."""
+    """Return the learning-rate factor of a step: both phases decay to zero, the noisy one from 0.15."""
     if step >= recipe.steps:
-        return 0.3 * (recipe.steps + recipe.noisy_steps - step) / recipe.noisy_steps
+        return 0.15 * (recipe.steps + recipe.noisy_steps - step) / recipe.noisy_steps
     return min(1.0, (step + 1) / 30, (recipe.steps - step) / (0.6 * recipe.steps))
 
 
@@ -463,18 +464,22 @@ def check_round_trip(tokenizer: Any, texts: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make, measure and save the models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=QUICKSTART / "models", help="output folder")
+    parser.add_argument("--out", type=Path, help="output folder (default: configs/quickstart/models)")
     parser.add_argument("--tasks", type=Path, default=QUICKSTART / "tasks.yaml", help="task mix")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--quick", action="store_true", help="smoke run: a few steps, useless models")
     args = parser.parse_args(argv)
+    if args.out is None:
+        if args.quick:
+            parser.error("--quick makes useless models: name an --out folder for them")
+        args.out = QUICKSTART / "models"
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     recipes = [
         Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=950),
-        Recipe("student", layers=4, hidden=128, intermediate=192, steps=800, noisy_steps=200, survival=0.25),
+        Recipe("student", layers=4, hidden=128, intermediate=192, steps=800, noisy_steps=200, survival=0.35),
     ]
     pool_size, heldout_size = 40_000, 1200
     if args.quick:

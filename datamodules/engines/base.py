@@ -45,6 +45,7 @@ class Decoder(Protocol):
         """An empty transformers ``Cache`` that fits the model."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions. Implementations: ``TransformersEngine`` in process, servers over the wire."""
 

@@ -63,9 +63,10 @@ class Pace:
             )
         if late_rank is not None:
             raise TimeoutError(
-                f"rollout: rank {late_rank} passed deadline_s={self.deadline_s} at step {self.steps} "
-                f"(rank {self.rank}: {unfinished} completions unfinished after {elapsed:.1f} s). Raise deadline_s, "
-                "or lower sampling.max_new_tokens, the number of prompts or the completions per prompt."
+                f"rollout: rank {late_rank} passed its deadline_s at step {self.steps}; on rank "
+                f"{self.rank}, {unfinished} completions were unfinished after {elapsed:.1f} s "
+                f"(deadline_s={self.deadline_s}). "
+                "Raise deadline_s, or lower sampling.max_new_tokens, the number of prompts or n."
             )
         self.steps += 1
         return any_works

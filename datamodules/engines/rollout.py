@@ -145,6 +145,8 @@ class Rollout:
 
     def run(self, version: int) -> list[list[Completion]]:
         """All completions, stamped with ``version``."""
+        if not self.prompts:
+            return []
         while self.queue or self.prefilled or len(self.rows):
             if self._should_join():
                 self._join()
@@ -258,10 +260,11 @@ class Rollout:
         bad_B = running_B & ~logp_B.isfinite()
         if bad_B.any():
             row = int(bad_B.nonzero()[0])
+            prompt, position = int(rows.sample[row]) // self.n, int(rows.generated[row])
             raise FloatingPointError(
-                f"rollout: rank {self.pace.rank}, prompt {int(rows.sample[row]) // self.n}: the policy's logits "
-                f"for response token {int(rows.generated[row])} hold NaN or +inf, or leave no token to draw. "
-                "Look for diverged weights (a lower learning rate, gradient clipping) or an overflow of float16."
+                f"rollout: rank {self.pace.rank}, prompt {prompt}: the policy's logits for response token "
+                f"{position} hold NaN or +inf, or leave no token to draw. Look for diverged weights (lower the "
+                "learning rate, clip gradients) or an overflow of float16."
             )
         tail = torch.cat([rows.tail, token_B[:, None]], 1)[:, 1:] if self.tail_width else rows.tail
         rows = dataclasses.replace(rows, generated=generated_B, token=token_B, tail=tail)

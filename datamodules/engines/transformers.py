@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
-from lightning_onpolicy.datamodules.engines.base import Decoder
+from lightning_onpolicy.datamodules.engines.base import Decoder, RolloutEngine
 from lightning_onpolicy.datamodules.engines.lockstep import Pace, has_peers, is_sharded
 from lightning_onpolicy.datamodules.engines.rollout import Limits, Rollout, TextDecoder
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Samples from a policy in its own process, on its own weights: policy lag is 0 and there is nothing to
     sync.
 
@@ -137,8 +137,8 @@ class TransformersEngine:
         """
         if not any(module is self.policy for module in policy.modules()):
             raise ValueError(
-                "this engine samples from the policy it was made with, in place, and cannot take the weights of "
-                f"another ({type(policy).__name__}): make a TransformersEngine for that one."
+                "this engine samples in place from the policy it was made with and cannot take another's "
+                f"weights ({type(policy).__name__}): make a TransformersEngine for that one."
             )
         self.version = version
 
@@ -161,8 +161,9 @@ class TransformersEngine:
             longest = max(longest, len(ids) + sampling.max_new_tokens)
             if room is not None and len(ids) + sampling.max_new_tokens > room:
                 raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens; with sampling.max_new_tokens={sampling.max_new_tokens} that "
-                    f"exceeds the model's {room} positions. Lower sampling.max_new_tokens or drop the prompt."
+                    f"prompt {i} has {len(ids)} tokens; with sampling.max_new_tokens="
+                    f"{sampling.max_new_tokens} that exceeds the model's {room} positions. Lower "
+                    "sampling.max_new_tokens or drop the prompt."
                 )
         rows = min(self.max_rows, max(1, len(prompts) * n))
         if self.max_cache_tokens is not None and longest:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from lightning_onpolicy.datamodules.batch import Group
+if TYPE_CHECKING:  # verifiers' worker processes import this package and must not pay for torch
+    from lightning_onpolicy.datamodules.batch import Group
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores groups of completions: verifiers, learned reward models and generative judges alike.
 

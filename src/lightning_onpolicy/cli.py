@@ -23,6 +23,9 @@ USAGE = """usage: onpolicy COMMAND …
   cp NAME DEST                   copy one for editing
 """
 
+COMMANDS = ("fit", "validate", "test", "predict")
+USAGE_RUN = "onpolicy {} -c CONFIG [-c CONFIG …] [--KEY VALUE …] [--print_config] [--help]"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 0: done; 1: it failed, for the reason printed; 2: the command line is wrong."""
@@ -51,7 +54,7 @@ def _run(args: list[str]) -> None:
             raise SystemExit(2)
         print(copy_config(args[1], args[2]))
         return
-    if command not in ("fit", "validate", "test", "predict"):
+    if command not in COMMANDS:
         print(f"onpolicy: error: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     args = resolve_configs(args)
@@ -79,16 +82,20 @@ def _lightning_cli(args: list[str]) -> Any:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
 
-    return OnPolicyCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        args=args,
-    )
+    before, sys.argv = sys.argv, ["onpolicy", *args]  # LightningCLI warns when its args differ from sys.argv's
+    try:
+        return OnPolicyCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={name: {"usage": USAGE_RUN.format(name)} for name in COMMANDS},
+        )
+    finally:
+        sys.argv = before
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

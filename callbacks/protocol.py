@@ -1,0 +1,66 @@
+"""All that the callbacks know of a module, and what they do in a project that has something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_onpolicy.datamodules.batch import RolloutBatch
+
+
+@runtime_checkable
+class SavesPolicy(Protocol):
+    """A policy that can be written for plain transformers (``modules.Policy`` can)."""
+
+    tokenizer: Any
+    model: nn.Module
+
+    def save_pretrained(
+        self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write weights, tokenizer and generation config into ``folder``."""
+
+
+@runtime_checkable
+class HasPolicy(Protocol):
+    """A LightningModule with a policy."""
+
+    policy: SavesPolicy
+
+
+class WarnOnce:
+    """Warns on rank 0, each message once.
+
+    Args:
+        who: Name that opens the message.
+    """
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self._said: set[str] = set()
+
+    def __call__(self, message: str) -> None:
+        """Warn, unless this was said before."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"{self.who}: {message}")
+
+    def rollouts(self, batch: object) -> RolloutBatch | None:
+        """The batch if it holds rollouts; else None, after saying so."""
+        if isinstance(batch, RolloutBatch):
+            return batch
+        self(
+            f"batches are {type(batch).__name__}, not RolloutBatch: there are no rollouts to read, and this "
+            "callback leaves them alone."
+        )
+        return None
+
+
+def tokenizer_of(module: object) -> Any | None:
+    """The tokenizer of a module or of its policy, if it has one."""
+    own = getattr(module, "tokenizer", None)
+    return own if own is not None else getattr(getattr(module, "policy", None), "tokenizer", None)

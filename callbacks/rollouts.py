@@ -1,0 +1,153 @@
+"""Every step's rollouts on disk, and some of them on the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_onpolicy.callbacks.protocol import WarnOnce, tokenizer_of
+from lightning_onpolicy.callbacks.rollout_files import Format, RolloutFile, move_aside, open_file, rows_of
+from lightning_onpolicy.callbacks.rollout_table import print_table, sample_table
+
+
+class RolloutLogger(Callback):
+    """Writes every rollout, of training and of evaluation, and prints some as a table.
+
+    Files are ``<stage>.rank<n>.jsonl`` (one line per response, flushed per batch) or folders
+    ``<stage>.rank<n>.parquet`` (one file per batch); stages are ``train``, ``val`` (within fit),
+    ``validate`` and ``test``. A killed run loses nothing it logged; a resumed one cuts off what it will do
+    again. A new run moves aside what it finds, as ``….previous1.jsonl``. The sanity check before training is
+    not logged.
+
+    The table shows ``extra["sampled_kl"]`` (``[B]``, or ``[B, T]`` to be summed over the response) if the
+    batch has it.
+
+    Args:
+        folder: Where the files go; default: ``rollouts`` in the logger's folder, else in the trainer's root.
+        format: ``jsonl`` or ``parquet``.
+        every_n_table: Print a table at the first batch and then every so many; 0 never prints.
+        rows: Rows of the table.
+        tokens: Also write each response's token ids and the log-probabilities they were sampled with.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        format: Format = "jsonl",
+        every_n_table: int = 50,
+        rows: int = 6,
+        tokens: bool = False,
+    ) -> None:
+        if format not in get_args(Format):
+            raise ValueError(f"RolloutLogger's format must be one of {get_args(Format)}, got {format!r}.")
+        if every_n_table < 0 or rows < 1:
+            raise ValueError(
+                "RolloutLogger needs every_n_table >= 0 and rows >= 1, got "
+                f"every_n_table={every_n_table} and rows={rows}."
+            )
+        self.folder, self.format, self.tokens = folder, format, tokens
+        self.every_n_table, self.rows = every_n_table, rows
+        self._batches = {"train": 0, "val": 0}
+        self._resumed = False
+        self._files: dict[str, RolloutFile] = {}
+        self._warn = WarnOnce("RolloutLogger")
+
+    # -- state: how many batches of each stage lie behind; all ranks count the same ---------------------
+
+    @property
+    def state_key(self) -> str:
+        """Different for loggers with different files, so that each finds its own state."""
+        return f"RolloutLogger(folder={self.folder!r}, format={self.format!r})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches logged so far."""
+        return {"batches": {stage: self._batches[stage] for stage in ("train", "val")}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting from a checkpoint."""
+        self._batches.update(state_dict["batches"])
+        self._resumed = True
+
+    # -- files ------------------------------------------------------------------------------------------
+
+    def _open(self, trainer: pl.Trainer, stages: tuple[str, ...]) -> None:
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "rollouts")
+        for stage in stages:
+            file = open_file(folder, stage, trainer.global_rank, self.format)
+            if self._batches[stage] or (self._resumed and stage in ("train", "val")):
+                file.rewind(self._batches[stage])
+            else:
+                aside = move_aside(file.path)
+                if aside is not None:
+                    self._warn(f"{file.path} is from an earlier run; it is now {aside.name}.")
+            self._files[stage] = file
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the files, rewound to the checkpoint (whose state is loaded by now)."""
+        self._open(trainer, ("train", "val"))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file of a validation outside fit."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._batches["validate"] = 0
+            self._open(trainer, ("validate",))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the test file."""
+        self._batches["test"] = 0
+        self._open(trainer, ("test",))
+
+    # -- batches ----------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a training batch."""
+        self._log(trainer, pl_module, batch, "train")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log a validation batch."""
+        if not trainer.sanity_checking:
+            self._log(
+                trainer, pl_module, batch, "val" if trainer.state.fn == TrainerFn.FITTING else "validate"
+            )
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log a test batch."""
+        self._log(trainer, pl_module, batch, "test")
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, stage: str) -> None:
+        rollouts = self._warn.rollouts(batch)
+        if rollouts is None:
+            return
+        self._batches[stage] += 1
+        number = self._batches[stage]
+        head = {"batch": number, "step": trainer.global_step, "epoch": trainer.current_epoch, "stage": stage}
+        self._files[stage].write(number, [head | row for row in rows_of(rollouts, tokens=self.tokens)])
+        due = self.every_n_table and (number - 1) % self.every_n_table == 0
+        if due and stage == "train" and trainer.is_global_zero:
+            title = f"rollouts of batch {number} (optimizer step {trainer.global_step})"
+            print_table(trainer, sample_table(rollouts, tokenizer_of(module), self.rows, title))
