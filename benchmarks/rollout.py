@@ -7,7 +7,7 @@ a constant logit, so that a response ends with the same probability at every ste
 returns log-probabilities; `generate` is not asked for them. On CUDA, `--continuous` adds transformers'
 continuous batching.
 
-    python benchmarks/rollout.py --sizes tiny,small --repeats 5
+    python benchmarks/rollout.py --sizes tiny,small --repeats 5 --threads 1
     python benchmarks/rollout.py --sizes qwen-0.5b-like,qwen-1.5b-like --device cuda --dtype bfloat16
     --continuous
 
@@ -202,19 +202,21 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for repeat in range(args.repeats):
         for name in sorted(functions, reverse=bool(repeat % 2)):  # whoever goes first changes
             with peak_memory(args.device) as memory:
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 lengths = functions[name](prompts, repeat)
                 if args.device != "cpu":
                     torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             records.append(
                 {
                     "size": size,
                     "lane": name,
                     "repeat": repeat,
                     "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
                     "tokens": sum(lengths),
                     "tokens_per_s": sum(lengths) / seconds,
+                    "tokens_per_cpu_s": sum(lengths) / cpu_seconds,
                     "mean_length": statistics.mean(lengths),
                     "peak_mib": memory[0] / 2**20,
                 }
@@ -224,23 +226,30 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians per size and lane, and the ratio of tokens per second to `generate` of the same repeat."""
+    """Medians per size and lane, and ratios to `generate` of the same repeat: by wall clock and by CPU time.
+
+    CPU time hardly changes when other processes use the machine, wall-clock time does.
+    """
     rows = []
     for size in dict.fromkeys(r["size"] for r in records):
         runs = [r for r in records if r["size"] == size]
-        base = {r["repeat"]: r["tokens_per_s"] for r in runs if r["lane"] == "generate"}
+        base = {r["repeat"]: r for r in runs if r["lane"] == "generate"}
         for lane in dict.fromkeys(r["lane"] for r in runs):
             mine = [r for r in runs if r["lane"] == lane]
-            ratios = [r["tokens_per_s"] / base[r["repeat"]] for r in mine]
+            wall, cpu = (
+                [r[key] / base[r["repeat"]][key] for r in mine]
+                for key in ("tokens_per_s", "tokens_per_cpu_s")
+            )
             rows.append(
                 {
                     "size": size,
                     "lane": lane,
                     "repeats": len(mine),
                     "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in mine), 1),
-                    "ratio_to_generate": round(statistics.median(ratios), 2),
-                    "ratio_min": round(min(ratios), 2),
-                    "ratio_max": round(max(ratios), 2),
+                    "ratio_to_generate": round(statistics.median(wall), 2),
+                    "ratio_min": round(min(wall), 2),
+                    "ratio_max": round(max(wall), 2),
+                    "ratio_by_cpu_time": round(statistics.median(cpu), 2),
                     "mean_length": round(statistics.mean(r["mean_length"] for r in mine), 1),
                     "peak_mib": round(statistics.median(r["peak_mib"] for r in mine), 1),
                 }

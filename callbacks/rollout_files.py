@@ -1,7 +1,8 @@
 """Rollouts as rows, and files that survive a killed run and a resumed one.
 
-Rows are numbered by batch. A file can be rewound to a batch number: what a killed run wrote beyond its last
-checkpoint (a half-written line included) is cut off, because the resumed run will write it again.
+A file is ordered by a key of its rows: the batch's number in training, the optimizer step in evaluation. It
+can be rewound to a key: what a killed run wrote beyond its last checkpoint (a half-written line included) is
+cut off, because the resumed run will write it again.
 """
 
 from __future__ import annotations
@@ -23,36 +24,37 @@ class RolloutFile(Protocol):
 
     path: Path
 
-    def rewind(self, batches: int) -> None:
-        """Forget everything after the given number of batches."""
+    def rewind(self, last: int) -> None:
+        """Forget all rows whose key is greater than ``last``."""
 
-    def write(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Add the rows of batch ``number``, in one piece."""
+    def write(self, key: int, part: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows with the same key; ``part`` tells calls with the same key apart."""
 
 
 class JsonlFile:
-    """One line per row, appended and flushed per batch.
+    """One line per row, appended and flushed per call.
 
     Args:
         path: The file.
+        key: Name of the rows' key.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
 
-    def rewind(self, batches: int) -> None:
-        """Cut the file behind the last whole line of a batch up to ``batches``."""
+    def rewind(self, last: int) -> None:
+        """Cut the file behind the last whole line with a key up to ``last``."""
         if not self.path.exists():
             return
         keep = 0
         with self.path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["batch"] > batches:
+                if not line.endswith(b"\n") or json.loads(line)[self.key] > last:
                     break
                 keep += len(line)
         os.truncate(self.path, keep)
 
-    def write(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
+    def write(self, key: int, part: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append the rows."""
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows]
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -60,7 +62,7 @@ class JsonlFile:
 
 
 class ParquetFile:
-    """A folder with one file per batch, which parquet readers open as one table.
+    """A folder with a file per call, which parquet readers open as one table.
 
     Args:
         path: The folder.
@@ -69,19 +71,19 @@ class ParquetFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, batches: int) -> None:
-        """Delete the files of batches after ``batches``."""
+    def rewind(self, last: int) -> None:
+        """Delete the files whose key is greater than ``last``."""
         for file in self.path.glob("*.parquet"):
-            if int(file.stem) > batches:
+            if int(file.stem.partition("-")[0]) > last:
                 file.unlink()
 
-    def write(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
+    def write(self, key: int, part: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows' file, whole or not at all."""
-        import pyarrow as pa  # type: ignore[import-untyped]  # a requirement of datasets
+        import pyarrow as pa  # a requirement of datasets
         from pyarrow import parquet
 
         self.path.mkdir(exist_ok=True)
-        target = self.path / f"{number:08d}.parquet"
+        target = self.path / f"{key:08d}-{part:04d}.parquet"
         unfinished = target.with_suffix(".unfinished")
         parquet.write_table(pa.Table.from_pylist([_flat(row) for row in rows]), unfinished)
         os.replace(unfinished, target)
@@ -91,7 +93,9 @@ def open_file(folder: Path, stage: str, rank: int, format: Format) -> RolloutFil
     """The file of a stage and rank; its folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}.rank{rank}.{format}"
-    return JsonlFile(path) if format == "jsonl" else ParquetFile(path)
+    return (
+        JsonlFile(path, "batch" if stage == "train" else "step") if format == "jsonl" else ParquetFile(path)
+    )
 
 
 def move_aside(path: Path) -> Path | None:

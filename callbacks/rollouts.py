@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_onpolicy.callbacks.protocol import WarnOnce, tokenizer_of
 from lightning_onpolicy.callbacks.rollout_files import Format, RolloutFile, move_aside, open_file, rows_of
 from lightning_onpolicy.callbacks.rollout_table import print_table, sample_table
+from lightning_onpolicy.datamodules.batch import RolloutBatch
 
 
 class RolloutLogger(Callback):
@@ -54,12 +55,14 @@ class RolloutLogger(Callback):
             )
         self.folder, self.format, self.tokens = folder, format, tokens
         self.every_n_table, self.rows = every_n_table, rows
-        self._batches = {"train": 0, "val": 0}
+        self._batches = 0
+        self._parts = 0
         self._resumed = False
+        self._redo_step = -1
         self._files: dict[str, RolloutFile] = {}
         self._warn = WarnOnce("RolloutLogger")
 
-    # -- state: how many batches of each stage lie behind; all ranks count the same ---------------------
+    # -- state: how many training batches lie behind; all ranks count the same --------------------------
 
     @property
     def state_key(self) -> str:
@@ -67,42 +70,46 @@ class RolloutLogger(Callback):
         return f"RolloutLogger(folder={self.folder!r}, format={self.format!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches logged so far."""
-        return {"batches": {stage: self._batches[stage] for stage in ("train", "val")}}
+        """Training batches logged so far."""
+        return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting from a checkpoint."""
-        self._batches.update(state_dict["batches"])
+        self._batches = int(state_dict["batches"])
         self._resumed = True
 
     # -- files ------------------------------------------------------------------------------------------
 
-    def _open(self, trainer: pl.Trainer, stages: tuple[str, ...]) -> None:
+    def _open(self, trainer: pl.Trainer, stage: str, rewind_to: int | None) -> None:
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "rollouts")
-        for stage in stages:
-            file = open_file(folder, stage, trainer.global_rank, self.format)
-            if self._batches[stage] or (self._resumed and stage in ("train", "val")):
-                file.rewind(self._batches[stage])
-            else:
-                aside = move_aside(file.path)
-                if aside is not None:
-                    self._warn(f"{file.path} is from an earlier run; it is now {aside.name}.")
-            self._files[stage] = file
+        file = open_file(folder, stage, trainer.global_rank, self.format)
+        if rewind_to is not None:
+            file.rewind(rewind_to)
+        elif (aside := move_aside(file.path)) is not None:
+            self._warn(f"{file.path} is from an earlier run; it is now {aside.name}.")
+        self._files[stage] = file
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the files, rewound to the checkpoint (whose state is loaded by now)."""
-        self._open(trainer, ("train", "val"))
+        """Open the files; after a resume (all state is loaded by now) rewound to the checkpoint."""
+        resumed = self._resumed or self._batches > 0
+        self._open(trainer, "train", self._batches if resumed else None)
+        self._open(trainer, "val", trainer.global_step if resumed else None)
+        self._redo_step = trainer.global_step if resumed else -1
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the file of a validation outside fit."""
+        """Open the file of a validation outside fit; within, make room if this one is done a second time."""
+        self._parts = 0
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._batches["validate"] = 0
-            self._open(trainer, ("validate",))
+            self._open(trainer, "validate", None)
+        elif trainer.global_step == self._redo_step and not trainer.sanity_checking:
+            # Lightning repeats the validation at a checkpoint's step only if it had been cut short.
+            self._files["val"].rewind(self._redo_step - 1)
+            self._redo_step = -1
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the test file."""
-        self._batches["test"] = 0
-        self._open(trainer, ("test",))
+        self._parts = 0
+        self._open(trainer, "test", None)
 
     # -- batches ----------------------------------------------------------------------------------------
 
@@ -110,7 +117,12 @@ class RolloutLogger(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a training batch."""
-        self._log(trainer, pl_module, batch, "train")
+        rollouts = self._log(trainer, batch, "train")
+        if rollouts is None or not trainer.is_global_zero or not self.every_n_table:
+            return
+        if (self._batches - 1) % self.every_n_table == 0:
+            title = f"rollouts of batch {self._batches} (optimizer step {trainer.global_step})"
+            print_table(trainer, sample_table(rollouts, tokenizer_of(pl_module), self.rows, title))
 
     def on_validation_batch_end(
         self,
@@ -123,9 +135,7 @@ class RolloutLogger(Callback):
     ) -> None:
         """Log a validation batch."""
         if not trainer.sanity_checking:
-            self._log(
-                trainer, pl_module, batch, "val" if trainer.state.fn == TrainerFn.FITTING else "validate"
-            )
+            self._log(trainer, batch, "val" if trainer.state.fn == TrainerFn.FITTING else "validate")
 
     def on_test_batch_end(
         self,
@@ -137,17 +147,23 @@ class RolloutLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log a test batch."""
-        self._log(trainer, pl_module, batch, "test")
+        self._log(trainer, batch, "test")
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, stage: str) -> None:
+    def _log(self, trainer: pl.Trainer, batch: Any, stage: str) -> RolloutBatch | None:
         rollouts = self._warn.rollouts(batch)
         if rollouts is None:
-            return
-        self._batches[stage] += 1
-        number = self._batches[stage]
-        head = {"batch": number, "step": trainer.global_step, "epoch": trainer.current_epoch, "stage": stage}
-        self._files[stage].write(number, [head | row for row in rows_of(rollouts, tokens=self.tokens)])
-        due = self.every_n_table and (number - 1) % self.every_n_table == 0
-        if due and stage == "train" and trainer.is_global_zero:
-            title = f"rollouts of batch {number} (optimizer step {trainer.global_step})"
-            print_table(trainer, sample_table(rollouts, tokenizer_of(module), self.rows, title))
+            return None
+        if stage == "train":
+            self._batches += 1
+            key, part = self._batches, 0
+        else:
+            self._parts += 1
+            key, part = trainer.global_step, self._parts
+        head = {
+            "batch": self._batches if stage == "train" else part,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "stage": stage,
+        }
+        self._files[stage].write(key, part, [head | row for row in rows_of(rollouts, tokens=self.tokens)])
+        return rollouts

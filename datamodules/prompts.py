@@ -1,7 +1,8 @@
-"""A resumable, sharded, reshuffled stream of prompts.
+"""Prompts, in an order that can be resumed and shared out: the first room on the way to a rollout.
 
-All ranks walk one common permutation per epoch; rank r of W takes items r, r + W, r + 2W, …. The ragged end is
-dropped on every rank alike, so that all see equally many.
+The order is one endless sequence of rows, epoch after epoch, each epoch a permutation of its own; rank ``r``
+of ``W`` takes its items ``r``, ``r + W``, ``r + 2W``, … So every item comes once per epoch, all ranks always
+hold equally many, nothing is dropped or repeated at the ragged end, and two integers are the whole state.
 """
 
 from __future__ import annotations
@@ -9,42 +10,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
-
 from lightning_onpolicy.datamodules.batch import Prompt
-from lightning_onpolicy.datamodules.sources import Row, Source
+from lightning_onpolicy.datamodules.rows import PLAIN, Source, canonical
+from lightning_onpolicy.datamodules.shuffle import Permutation
+
+_IDENTITY = ("seed", "world_size", "source_size", "shuffle")
 
 
-def shard_of(trainer: Any) -> tuple[int, int]:
-    """Rank and number of ranks that see different data.
+class PromptStream(Iterator[Prompt]):
+    """An endless, resumable stream of this rank's prompts, rendered and encoded.
 
-    Under ``ModelParallelStrategy`` tensor-parallel peers share a rank here, so that they see the same prompts.
-    """
-    if trainer is None:
-        return 0, 1
-    sampler = trainer.distributed_sampler_kwargs
-    return (int(sampler["rank"]), int(sampler["num_replicas"])) if sampler else (0, 1)
-
-
-class PromptStream:
-    """Prompts, tokenised, for ever.
+    With ``chat``, the tokenizer's template renders the conversation with the generation prompt, and is
+    trusted to write the special tokens itself; without, the tokenizer adds its own.
 
     Args:
-        source: Rows with ``prompt`` (a string) or ``messages`` (a list of ``{role, content}``).
-        tokenizer: Its chat template renders the prompt, unless ``chat`` is False.
-        chat: Whether to render with the chat template; a plain ``prompt`` becomes the user's message.
-        system: System message put before each prompt (with ``chat`` only).
-        prompt_key: Key of plain prompts.
-        messages_key: Key of conversations.
-        max_prompt_tokens: Longest prompt, in tokens.
-        overlong: What happens to longer ones: ``error``, or ``skip`` (on all ranks alike only if W = 1).
-        shuffle: Draw a new permutation each epoch.
-        seed: Of the permutations.
+        source: Where rows come from.
+        tokenizer: Renders and encodes them (a Hugging Face tokenizer).
+        chat: Render with the tokenizer's chat template; False encodes the prompt's text as it is.
+        system: System message put before conversations that have none of their own; needs ``chat``.
+        chat_options: More arguments for the template, e.g. ``{"enable_thinking": False}``; needs ``chat``.
+        max_prompt_tokens: Longest prompt, in tokens, template included; None means no limit.
+        overlong: What happens to longer ones: ``"error"``, or ``"skip"``, for which each rank encodes the
+            other ranks' prompts too, so that all agree on what was skipped.
+        shuffle: Order each epoch by a permutation of its own; False keeps the source's order.
+        seed: Chooses the permutations.
         rank: This rank.
-        world_size: Number of ranks that see different data.
+        world_size: Number of ranks.
 
     Raises:
-        ValueError: If the source has fewer rows than ranks, or a setting is out of range.
+        ValueError: If the source is empty, a number is out of range, ``chat`` needs a template that the
+            tokenizer lacks, or ``system`` or ``chat_options`` come without ``chat``; while iterating, if a
+            row is unusable (the message names it) or all rows are over-long.
+
+    Example:
+        >>> rows = [{"prompt": "1+1="}, {"prompt": "2+2="}]  # doctest: +SKIP
+        >>> PromptStream(rows, tokenizer, chat=False, shuffle=False).take(3)  # doctest: +SKIP
     """
 
     def __init__(
@@ -54,8 +54,7 @@ class PromptStream:
         *,
         chat: bool = True,
         system: str | None = None,
-        prompt_key: str = "prompt",
-        messages_key: str = "messages",
+        chat_options: Mapping[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         overlong: Literal["error", "skip"] = "error",
         shuffle: bool = True,
@@ -63,113 +62,184 @@ class PromptStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if len(source) == 0:
+            raise ValueError(f"source {_name_of(source)!r} has no rows.")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}.")
-        if len(source) < world_size:
-            raise ValueError(f"the source has {len(source)} rows for {world_size} ranks.")
-        if chat and not tokenizer.chat_template:
+            raise ValueError(f"rank must be in range(world_size={world_size}), got {rank}.")
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens must be >= 1 or null, got {max_prompt_tokens}.")
+        if overlong not in ("error", "skip"):
+            raise ValueError(f"overlong must be 'error' or 'skip', got {overlong!r}.")
+        if not chat and (system is not None or chat_options):
+            raise ValueError("system and chat_options are parts of a chat: set chat: true or remove them.")
+        if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template: set chat: false, or give it a template."
+                f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r} has no "
+                "chat template: set chat: false to encode prompts as plain text, or give it one "
+                "(tokenizer.chat_template)."
             )
-        if system is not None and not chat:
-            raise ValueError("system needs chat: true; put it into the prompts otherwise.")
         self.source, self.tokenizer = source, tokenizer
-        self.chat, self.system = chat, system
-        self.prompt_key, self.messages_key = prompt_key, messages_key
+        self.chat, self.system, self.chat_options = chat, system, dict(chat_options or {})
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
-        self.shuffle, self.seed = shuffle, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.position = 0, 0
-        self._order: tuple[int, torch.Tensor] | None = None
+        self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
+        self._next = 0  # position in the endless sequence of the first row that no rank has taken
+        self._order: tuple[int, Permutation] | None = None
+        self._usable: int | None = None
 
     @property
     def source_size(self) -> int:
-        """Rows in the source."""
-        return len(self.source)
+        """Prompts per epoch over all ranks; if over-long ones are skipped, the first call encodes the source."""
+        if not self._skips:
+            return len(self.source)
+        if self._usable is None:
+            self._usable = sum(self._fits(self.encode(i)) for i in range(len(self.source)))
+        return self._usable
 
-    def __iter__(self) -> Iterator[Prompt]:
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next round of prompts."""
+        return self._next // len(self.source)
+
+    def __iter__(self) -> PromptStream:
         return self
 
     def __next__(self) -> Prompt:
-        for _ in range(len(self.source) + 1):
-            index = self._next_index()
-            prompt = self._prompt(index)
-            if prompt is not None:
-                return prompt
-        raise ValueError(f"every prompt is longer than max_prompt_tokens={self.max_prompt_tokens}.")
+        """This rank's next prompt. All ranks take one per round, so their states agree after equally many."""
+        if not self._skips:
+            prompt = self.encode(self._row_at(self._next + self.rank))
+            self._require_fit(prompt)
+            self._next += self.world_size
+            return prompt
+        mine: Prompt | None = None
+        found, position, misses = 0, self._next, 0
+        while found < self.world_size:
+            prompt = self.encode(self._row_at(position))
+            position += 1
+            if not self._fits(prompt):
+                misses += 1
+                if misses >= 2 * len(self.source):  # a whole epoch lies inside: no row fits
+                    raise ValueError(
+                        f"no prompt of source {_name_of(self.source)!r} fits max_prompt_tokens="
+                        f"{self.max_prompt_tokens}; raise it."
+                    )
+                continue
+            if found == self.rank:
+                mine = prompt
+            found, misses = found + 1, 0
+        self._next = position
+        assert mine is not None
+        return mine
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts."""
+        """The next ``n`` prompts of this rank; the stream never ends."""
         return [next(self) for _ in range(n)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and position, and what they only make sense with."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self.seed,
-            "rows": len(self.source),
-            "world_size": self.world_size,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+    def encode(self, index: int) -> Prompt:
+        """Row ``index`` of the source as a prompt, whatever its length.
 
         Raises:
-            ValueError: If the stream is another one: other seed, source size or number of ranks.
+            ValueError: If the row lacks a prompt, its prompt is empty, or it is a conversation and ``chat``
+                is off.
         """
-        here = self.state_dict()
-        for key in ("seed", "rows", "world_size"):
-            if state[key] != here[key]:
-                raise ValueError(
-                    f"the checkpoint's prompt stream had {key}={state[key]}, this one has {here[key]}: it cannot "
-                    "continue where that one stopped. Start anew from the checkpoint's weights, or restore the setting."
-                )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-
-    def _next_index(self) -> int:
-        if self.position >= len(self.source) // self.world_size:
-            self.epoch, self.position = self.epoch + 1, 0
-        if self._order is None or self._order[0] != self.epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-            n = len(self.source)
-            self._order = (self.epoch, torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n))
-        index = int(self._order[1][self.position * self.world_size + self.rank])
-        self.position += 1
-        return index
-
-    def _prompt(self, index: int) -> Prompt | None:
-        row = self.source[index]
-        uid = str(row.get("uid", index))
+        raw = self.source[index]
+        name = _name_of(self.source)
+        uid = str(raw.get("uid", f"{name}/{index}")) if isinstance(raw, Mapping) else f"{name}/{index}"
+        row = canonical(raw, PLAIN, f"row {uid!r}")
         text = self._render(row, uid)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=not self.chat))
         if not ids:
-            raise ValueError(f"row {uid!r}: the prompt is empty once tokenised.")
-        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-            if self.overlong == "skip":
-                return None
-            raise ValueError(
-                f"row {uid!r}: the prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}. "
-                "Raise it, or set overlong: skip."
-            )
-        return Prompt(ids, text, row, uid, str(row.get("source", "")))
+            raise ValueError(f"row {uid!r}: the prompt {text!r} encodes to no tokens.")
+        return Prompt(ids, text, row=row, uid=uid, source=str(row.get("source", name)))
 
-    def _render(self, row: Row, uid: str) -> str:
-        if self.messages_key in row:
-            messages = [dict(m) for m in row[self.messages_key]]
-        elif self.prompt_key in row:
-            content = row[self.prompt_key]
-            if not isinstance(content, str) or not content.strip():
-                raise ValueError(f"row {uid!r}: {self.prompt_key!r} is empty or no string.")
-            messages = [{"role": "user", "content": content}]
-        else:
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands (the same on all ranks) and what it must be compared with on loading."""
+        epoch, position = divmod(self._next, len(self.source))
+        return {"epoch": epoch, "position": position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, exactly.
+
+        Raises:
+            ValueError: If the state was saved with another seed, world size, source length or order: the same
+                integers would then mean other prompts.
+        """
+        now = self._identity()
+        changed = [
+            f"{k}: saved {state.get(k)!r}, now {now[k]!r}" for k in _IDENTITY if state.get(k) != now[k]
+        ]
+        if changed:
             raise ValueError(
-                f"row {uid!r} has neither {self.prompt_key!r} nor {self.messages_key!r}; it has {sorted(row)}."
+                f"the prompt stream's state does not fit ({'; '.join(changed)}): its position would name "
+                "other prompts. Restore these settings, or start the data afresh."
             )
-        if not self.chat:
-            if self.messages_key in row:
-                raise ValueError(f"row {uid!r} holds {self.messages_key!r}, which need chat: true.")
-            return str(row[self.prompt_key])
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        self._next = int(state["epoch"]) * len(self.source) + int(state["position"])
+
+    @property
+    def _skips(self) -> bool:
+        return self.max_prompt_tokens is not None and self.overlong == "skip"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "source_size": len(self.source),
+            "shuffle": self.shuffle,
+        }
+
+    def _row_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.source))
+        if not self.shuffle:
+            return index
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, Permutation(len(self.source), key=(self.seed, epoch))
+        return self._order[1](index)
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return self.max_prompt_tokens is None or len(prompt.ids) <= self.max_prompt_tokens
+
+    def _require_fit(self, prompt: Prompt) -> None:
+        if not self._fits(prompt):
+            raise ValueError(
+                f"row {prompt.uid!r}: the prompt has {len(prompt.ids)} tokens, max_prompt_tokens is "
+                f"{self.max_prompt_tokens}. Raise it, or set overlong: skip."
+            )
+
+    def _render(self, row: Mapping[str, Any], uid: str) -> str:
+        if "messages" not in row:
+            if not row["prompt"].strip():
+                raise ValueError(f"row {uid!r}: the prompt is empty.")
+            if not self.chat:
+                return str(row["prompt"])
+        elif not self.chat:
+            raise ValueError(
+                f"row {uid!r} has messages, which only a chat template can render: set chat: true."
+            )
+        elif not row["messages"]:
+            raise ValueError(
+                f"row {uid!r}: the prompt is empty: nothing comes before the assistant's message."
+            )
+        turns = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        if self.system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **self.chat_options
+            )
+        )
+
+
+def shard_of(trainer: Any) -> tuple[int, int]:
+    """``(rank, world_size)`` by which data is shared out under a Trainer's strategy; ``(0, 1)`` without one.
+
+    Under ``ModelParallelStrategy`` these are the data-parallel coordinates: tensor-parallel peers get the
+    same data.
+
+    Args:
+        trainer: A Lightning ``Trainer``, its strategy set up; or None.
+    """
+    shard = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if shard is None else (int(shard["rank"]), int(shard["num_replicas"]))
+
+
+def _name_of(source: Source) -> str:
+    return str(getattr(source, "name", None) or type(source).__name__)

@@ -1,224 +1,170 @@
-"""Sources of prompts: rows by index, the same row for the same index, always.
-
-A source is anything with ``__len__`` and ``__getitem__(int) -> Mapping``. Resuming needs only integers then.
-"""
+"""Where rows come from: local files, Hugging Face datasets, generated reasoning tasks."""
 
 from __future__ import annotations
 
-import functools
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
-import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from lightning_onpolicy.datamodules.assets import resolve_asset
-
-Row = Mapping[str, Any]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Rows by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Row: ...
+from lightning_onpolicy.datamodules.assets import SCHEME, resolve_asset
+from lightning_onpolicy.datamodules.gym import GymSource as GymSource
+from lightning_onpolicy.datamodules.rows import Row, RowKeys, canonical
+from lightning_onpolicy.datamodules.rows import Source as Source
 
 
 class FileSource(Source):
-    """A JSON-lines, JSON or Parquet file.
+    """Rows of a local JSONL, JSON or Parquet file, read and checked at once.
 
     Args:
-        path: The file; ``onpolicy://`` paths ship with the library. The ending tells the format.
+        path: File ending in ``.jsonl``, ``.ndjson``, ``.json`` (a list of objects) or ``.parquet``;
+            ``onpolicy://…`` names a packaged one.
+        prompt_key: Key of the prompt text; null ignores ``prompt``.
+        messages_key: Key of the conversation; null ignores ``messages``.
+        response_key: Key of the given response.
+        answer_key: Key of the reference answer.
+        name: Source name of rows that do not say theirs; default: the file's stem.
 
     Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If it is empty, of another format, or a row is malformed (file and line are named).
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = resolve_asset(path)
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-        if self.path.suffix not in readers:
-            raise ValueError(f"{path}: unknown format {self.path.suffix!r}; there are {sorted(readers)}.")
-        self.rows: Sequence[Row] = readers[self.path.suffix](self.path)
-        if not self.rows:
-            raise ValueError(f"{path} holds no rows.")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
-
-
-class DatasetSource(Source):
-    """A Hugging Face dataset, by hub name or from a folder written by ``save_to_disk``.
-
-    Args:
-        path: Hub name, or folder.
-        split: Split.
-        name: Configuration of the dataset.
-        revision: Hub revision.
-    """
-
-    def __init__(self, path: str, split: str = "train", name: str | None = None, revision: str | None = None) -> None:
-        import datasets
-
-        if Path(path).is_dir() and any(Path(path).glob("**/state.json")):
-            loaded = datasets.load_from_disk(path)
-            self.data = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            self.data = datasets.load_dataset(path, name, split=split, revision=revision)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Row:
-        row: Row = self.data[index]
-        return row
-
-
-def split_of(prompt: str) -> Literal["train", "heldout"]:
-    """Which split a generated prompt belongs to: a tenth, by a stable hash of its text, is held out.
-
-    Example:
-        >>> split_of("rev cat") == split_of("rev cat")
-        True
-    """
-    return "heldout" if zlib.crc32(prompt.encode()) % 10 == 0 else "train"
-
-
-class GymSource(Source):
-    """Procedurally generated reasoning-gym tasks, rendered as compact prompts.
-
-    Row ``i`` is made from ``(seed, i)`` alone: a task is drawn by weight, then items of that task are generated
-    until one falls into the split.
-
-    Args:
-        tasks: Task name → ``{weight, config, prompt}``, or a YAML file with that mapping. ``config`` are the
-            generator's keyword arguments, ``prompt`` a Jinja template over the entry (``question``, ``metadata``);
-            default: the question itself.
-        size: Number of rows.
-        seed: Of the generation.
-        split: ``train``, ``heldout`` (by :func:`split_of`) or ``all``.
-
-    Raises:
-        ImportError: If reasoning-gym is not installed.
-        ValueError: If a task or a key is unknown.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the ending is unknown, a row is malformed (the message has file and line) or lacks a
+            prompt (the message has the keys it does have).
     """
 
     def __init__(
         self,
-        tasks: str | dict[str, dict[str, Any]],
-        size: int,
-        seed: int = 0,
-        split: Literal["train", "heldout", "all"] = "train",
+        path: str | Path,
+        prompt_key: str | None = "prompt",
+        messages_key: str | None = "messages",
+        response_key: str | None = "response",
+        answer_key: str | None = "answer",
+        name: str | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size must be >= 1, got {size}.")
-        self.tasks = _read_tasks(tasks)
-        self.size, self.seed, self.split = size, seed, split
-        self._names = list(self.tasks)
-        total = sum(float(t.get("weight", 1.0)) for t in self.tasks.values())
-        shares = [float(t.get("weight", 1.0)) / total for t in self.tasks.values()]
-        self._bounds = [sum(shares[: i + 1]) for i in range(len(shares))]
-        jinja = ImmutableSandboxedEnvironment()
-        self._templates = {n: jinja.from_string(t.get("prompt", "{{ question }}")) for n, t in self.tasks.items()}
-        self._generate = functools.lru_cache(maxsize=None)(self._dataset)
-        self._row = functools.lru_cache(maxsize=65536)(self._make)
-        for name in self._names:
-            self._generate(name)
+        file = resolve_asset(path)
+        if file.suffix not in _READERS:
+            raise ValueError(
+                f"{file}: cannot read {file.suffix!r} files; known endings are {sorted(_READERS)}."
+            )
+        keys = RowKeys(prompt_key, messages_key, response_key, answer_key)
+        self.name = name or file.stem
+        self._rows = [canonical(row, keys, where) for where, row in _READERS[file.suffix](file)]
 
     def __len__(self) -> int:
-        return self.size
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self._row(index)
-
-    def _dataset(self, name: str) -> Any:
-        try:
-            import reasoning_gym
-        except ImportError as error:
-            raise ImportError("reasoning-gym is missing: pip install 'lightning-onpolicy[gym]'.") from error
-        try:
-            return reasoning_gym.create_dataset(name, size=2**31 - 1, seed=self.seed, **self.tasks[name].get("config", {}))
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"tasks.{name}: reasoning-gym refuses it: {error}") from error
-
-    def _make(self, index: int) -> Row:
-        share = zlib.crc32(f"task {self.seed} {index}".encode()) / 2**32
-        name = next(n for n, bound in zip(self._names, self._bounds, strict=True) if share < bound or bound >= 1 - 1e-9)
-        data = self._generate(name)
-        for attempt in range(1000):
-            number = zlib.crc32(f"item {index} {attempt}".encode()) % (2**31 - 1)
-            entry = data[number]
-            prompt = self._templates[name].render(**entry)
-            if self.split in ("all", split_of(prompt)):
-                return {
-                    "prompt": prompt,
-                    "question": entry["question"],
-                    "answer": entry["answer"],
-                    "metadata": json.loads(json.dumps(entry["metadata"], default=str)),
-                    "source": name,
-                    "uid": f"{name}/{self.seed}/{number}",
-                }
-        raise ValueError(f"tasks.{name}: no item of split {self.split!r} in 1000 draws: its prompts hardly vary.")
+        return self._rows[index]
 
 
-def _read_tasks(tasks: str | dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    if isinstance(tasks, str):
-        where = tasks
-        tasks = yaml.safe_load(resolve_asset(tasks).read_text())
-    else:
-        where = "tasks"
-    if not isinstance(tasks, dict) or not tasks:
-        raise ValueError(f"{where} must map task names to settings.")
-    for name, settings in tasks.items():
-        unknown = sorted(set(settings) - {"weight", "config", "prompt"})
-        if unknown:
-            raise ValueError(f"{where}: task {name!r} has unknown keys {unknown}; there are weight, config, prompt.")
-    return tasks
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
+def _read_jsonl(file: Path) -> list[tuple[str, Any]]:
+    rows = []
+    with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a row must be an object, got {type(row).__name__}.")
-            rows.append(row)
+            if line.strip():
+                rows.append((f"{file} line {number}", _parse(line, f"{file} line {number}")))
     return rows
 
 
-def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}).") from None
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise ValueError(f"{path} must hold a list of objects.")
-    return rows
+def _read_json(file: Path) -> list[tuple[str, Any]]:
+    rows = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: expected a list of objects, got {type(rows).__name__}.")
+    return [(f"{file} row {i}", row) for i, row in enumerate(rows)]
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
+def _read_parquet(file: Path) -> list[tuple[str, Any]]:
+    import pyarrow  # comes with datasets
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]}).") from None
-    return rows
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a Parquet file ({error}).") from error
+    return [(f"{file} row {i}", row) for i, row in enumerate(rows)]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+
+
+_READERS: dict[str, Callable[[Path], list[tuple[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+class DatasetSource(Source):
+    """Rows of a Hugging Face dataset: from the hub, from ``save_to_disk``, or in memory.
+
+    Args:
+        path: Hub name, loader name (``json``, ``csv``, … with ``data_files``), folder written by
+            ``save_to_disk``, or a ``datasets.Dataset``.
+        split: Split to take, e.g. ``train`` or, from the hub, ``train[:1000]``.
+        name: Configuration of the dataset, as in ``load_dataset``.
+        data_files: Files for loaders.
+        revision: Revision on the hub.
+        prompt_key: Column of the prompt text; null ignores ``prompt``.
+        messages_key: Column of the conversation; null ignores ``messages``.
+        response_key: Column of the given response.
+        answer_key: Column of the reference answer.
+        source_name: Source name of rows that do not say theirs; default: from ``path``.
+
+    Raises:
+        ValueError: If the split does not exist, or a row lacks a prompt (raised when it is read).
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        split: str = "train",
+        name: str | None = None,
+        data_files: str | list[str] | None = None,
+        revision: str | None = None,
+        prompt_key: str | None = "prompt",
+        messages_key: str | None = "messages",
+        response_key: str | None = "response",
+        answer_key: str | None = "answer",
+        source_name: str | None = None,
+    ) -> None:
+        self._keys = RowKeys(prompt_key, messages_key, response_key, answer_key)
+        if isinstance(path, str | Path):
+            self.name = source_name or Path(str(path)).name
+            self._data = _load(str(path), split, name, data_files, revision)
+        else:
+            self.name = source_name or "dataset"
+            self._data = path
+        if not hasattr(self._data, "__len__"):
+            raise ValueError(
+                f"dataset {self.name!r} has no length; streaming datasets cannot be shuffled or resumed."
+            )
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Row:
+        return canonical(self._data[index], self._keys, f"dataset {self.name!r} row {index}")
+
+
+def _load(
+    path: str, split: str, name: str | None, data_files: str | list[str] | None, revision: str | None
+) -> Any:
+    import datasets
+
+    folder = resolve_asset(path) if path.startswith(SCHEME) else Path(path).expanduser()
+    if not any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
+        return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{folder} has no split {split!r}; it has {sorted(saved)}.")
+        return saved[split]
+    if saved.split is not None and str(saved.split) != split:
+        raise ValueError(
+            f"{folder} holds the split {str(saved.split)!r} alone; set split to it, not {split!r}."
+        )
+    return saved

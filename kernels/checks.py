@@ -58,8 +58,8 @@ def check(
             teacher_size = min(teacher_size, vocab_size)
         if teacher_size != size:
             raise ValueError(
-                f"student and teacher must share one vocabulary: sizes are {size} and {teacher_size}. If one head "
-                "is padded, pass the true size as vocab_size."
+                f"student and teacher must share one vocabulary: sizes are {size} and {teacher_size}. "
+                "If a head is padded, pass the true size as vocab_size."
             )
     _positive("soft_cap", soft_cap)
     _positive("teacher.soft_cap", None if teacher is None else teacher.soft_cap)
@@ -75,7 +75,9 @@ def check(
         _positive("temperature", temperature)
     for name, share in (("beta", beta), ("alpha", alpha)):
         if not 0 < share < 1:
-            raise ValueError(f"{name} must be in (0, 1), got {share}; its limits are reverse_kl and forward_kl.")
+            raise ValueError(
+                f"{name} must be in (0, 1), got {share}; its limits are reverse_kl and forward_kl."
+            )
     if budget_bytes < 0:
         raise ValueError(f"budget_bytes must be >= 0, got {budget_bytes}.")
     return size
@@ -123,7 +125,9 @@ def _head(
 def _matrix(name: str, x: Tensor, shape: tuple[int | None, int | None]) -> None:
     if x.ndim != 2 or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
         want = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must be a [{want}] matrix, has shape {tuple(x.shape)}; flatten batch and time.")
+        raise ValueError(
+            f"{name} must be a [{want}] matrix, has shape {tuple(x.shape)}; flatten batch and time."
+        )
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} must be floating point, is {x.dtype}.")
 

@@ -4,7 +4,8 @@ With ``l = log p`` and ``k = log q``, the logit gradient of every affine statist
 
     dz = p (a + b l + c k) + d q + scatter(sparse)
 
-and each curved divergence j adds ``g_j p (f_j - E_p f_j)``, whose constant part also goes into a. Per unit upstream:
+and each curved divergence j adds ``g_j p (f_j - E_p f_j)``, whose constant part also goes into a. Per unit
+upstream:
 
     log p_y     δ_y - p                 lse       p
     entropy     -p (l + entropy)        KL(p||q)  p ((l - k) - KL)      KL(q||p)  p - q

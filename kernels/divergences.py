@@ -1,7 +1,7 @@
 """Divergences whose logit gradient is not affine in the logits: JSD, skew KLs, total variation.
 
-Their terms mix probabilities id by id, so both log-sum-exps must be known first: a second pass over the tiles.
-With ``l = log p``, ``k = log q``, each divergence L has a function f with
+Their terms mix probabilities id by id, so both log-sum-exps must be known first: a second pass over the
+tiles. With ``l = log p``, ``k = log q``, each divergence L has a function f with
 
     dL/dz = p (f - E_p f)
 

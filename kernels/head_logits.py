@@ -3,10 +3,10 @@
 ``z = soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature``, in this order (Gemma 2 caps after the
 product, Cohere scales the product).
 
-Precision. On CUDA, half-precision operands go to the tensor cores and come out in float32 (``out_dtype``), so that
-logits are never rounded to half precision. The CPU has no such product: rounding its half-precision output would
-cost 0.06 at logits of 8, so operands are upcast to float32, slice by slice, and multiplied in float32. float64
-operands are multiplied in float64.
+Precision. On CUDA, half-precision operands go to the tensor cores and come out in float32 (``out_dtype``), so
+that logits are never rounded to half precision. The CPU has no such product: rounding its half-precision
+output would cost 0.06 at logits of 8, so operands are upcast to float32, slice by slice, and multiplied in
+float32. float64 operands are multiplied in float64.
 
 Legend: ``N`` tokens, ``H`` hidden size, ``V`` true vocabulary, ``R`` and ``C`` rows and columns of a tile.
 """
@@ -25,6 +25,27 @@ MASKED_LOGIT = -1e30
 def accumulation_dtype(operand_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 operands, float32 for all others."""
     return torch.float64 if operand_dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor, like: Tensor | None = None) -> torch.dtype:
+    """Dtype of a product's operands.
+
+    On the CPU float32; elsewhere autocast's dtype, or else the one that holds hidden states and weight.
+    float64 if and only if the student's hidden states are.
+
+    Args:
+        hidden: ``[N, H]``.
+        weight: ``[V, H]``.
+        like: The student's hidden states, where ``hidden`` is the teacher's.
+    """
+    if (hidden if like is None else like).dtype == torch.float64:
+        return torch.float64
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype == torch.float64 or hidden.device.type == "cpu":
+        return torch.float32
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return dtype
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
@@ -116,3 +137,47 @@ class HeadLogits:
         if inverse_R1 is not None and not self.temperature_in_x:
             out_RC.mul_(inverse_R1)
         return out_RC
+
+
+@torch.no_grad()
+def full_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Logits of every id at temperature 1, with the products `token_stats` uses; for decoding, without
+    gradient.
+
+    Args:
+        hidden: ``[N, H]``.
+        weight: ``[V, H]``.
+        bias: ``[V]`` or None.
+        soft_cap: Cap, or None.
+        logit_scale: Factor on the product.
+
+    Returns:
+        ``[N, V]`` float32 (float64 where ``hidden`` is).
+    """
+    operand = operand_dtype(hidden, weight)
+    V, H = weight.shape
+    # A weight in another dtype is cast 4M elements at a time, never whole.
+    step = V if weight.dtype == operand else max(128, 2**22 // H)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = HeadLogits.prepare(
+            hidden,
+            weight,
+            bias,
+            temperature=None,
+            soft_cap=soft_cap,
+            logit_scale=logit_scale,
+            vocab_size=V,
+            operand_dtype=operand,
+        )
+        out = hidden.new_empty((hidden.shape[0], V), dtype=accumulation_dtype(operand))
+        for start in range(0, V, step):
+            stop = min(start + step, V)
+            head.into(out[:, start:stop], head.weight_slice(start, stop), start, slice(None))
+    return out

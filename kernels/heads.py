@@ -1,4 +1,5 @@
-"""An output head that gives logits to ``generate`` and token statistics to losses, sharing the model's weight.
+"""An output head that gives logits to ``generate`` and token statistics to losses, sharing the model's
+weight.
 
 Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head.
 """
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_onpolicy.kernels import reference
+from lightning_onpolicy.kernels.head_logits import full_logits
 from lightning_onpolicy.kernels.spec import TokenStats
 from lightning_onpolicy.kernels.token_stats import token_stats
 
@@ -20,8 +22,8 @@ from lightning_onpolicy.kernels.token_stats import token_stats
 class LogProbHead(nn.Module):
     """Replaces a causal LM's ``lm_head``; holds the very same Parameter, so tied embeddings stay tied.
 
-    Without targets it is ``nn.Linear``: bare products in the dtype of ``hidden``, to which the Hugging Face model
-    applies its own soft-cap and scale. With targets (or other statistics) it is
+    Without targets it is ``nn.Linear``: bare products in the dtype of ``hidden``, to which the Hugging Face
+    model applies its own soft-cap and scale. With targets (or other statistics) it is
     :func:`~lightning_onpolicy.kernels.token_stats.token_stats`.
 
     Args:
@@ -104,7 +106,10 @@ class LogProbHead(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The model's logits at temperature 1, scale and soft-cap applied, padding rows at -inf.
+        """The model's logits at temperature 1, scale and soft-cap applied, padding ids at -inf.
+
+        Without gradients these are the very products that ``token_stats`` forms, in float32, so that sampled
+        and trained log-probabilities agree. With gradients, plain float32 PyTorch over the whole weight.
 
         Args:
             hidden: ``[..., H]``.
@@ -112,13 +117,15 @@ class LogProbHead(nn.Module):
         Returns:
             ``[..., V]`` float32 (float64 where ``hidden`` is).
         """
-        flat = reference.logits(
-            hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias,
-            soft_cap=self.soft_cap, logit_scale=self.logit_scale,
-        )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        inputs = [x for x in (hidden, self.weight, self.bias) if x is not None]
+        with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        compute = reference.logits if with_grad else full_logits
+        out = compute(flat, self.weight, self.bias, soft_cap=self.soft_cap, logit_scale=self.logit_scale)
         if self.vocab_size is not None:
-            flat = flat.index_fill(1, torch.arange(self.vocab_size, flat.shape[1], device=flat.device), float("-inf"))
-        return flat.view(*hidden.shape[:-1], -1)
+            padding = torch.arange(out.shape[1], device=out.device) >= self.vocab_size
+            out = out.masked_fill(padding, -torch.inf)
+        return out.view(*hidden.shape[:-1], out.shape[1])
 
 
 def linear_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:

@@ -57,17 +57,20 @@ class Moments:
 
     def teacher_lse(self) -> Tensor:
         """``[R]`` log-sum-exp of the teacher logits."""
-        assert self.teacher_m is not None and self.teacher_s is not None
+        assert self.teacher_m is not None
+        assert self.teacher_s is not None
         return self.teacher_m + self.teacher_s.log()
 
     def reverse_kl(self) -> Tensor:
         """``[R]`` KL(p || q)."""
-        assert self.d is not None and self.teacher_s is not None
+        assert self.d is not None
+        assert self.teacher_s is not None
         return self.d / self.s - self.s.log() + self.teacher_s.log()
 
     def forward_kl(self) -> Tensor:
         """``[R]`` KL(q || p)."""
-        assert self.teacher_d is not None and self.teacher_s is not None
+        assert self.teacher_d is not None
+        assert self.teacher_s is not None
         return self.teacher_d / self.teacher_s - self.teacher_s.log() + self.s.log()
 
 
@@ -125,7 +128,8 @@ def merge(x: Moments, y: Moments) -> Moments:
     if x.argmax is not None and y.argmax is not None:
         argmax = torch.where(y.m > x.m, y.argmax, x.argmax)
     if x.teacher_m is not None and y.teacher_m is not None:
-        assert x.teacher_s is not None and y.teacher_s is not None
+        assert x.teacher_s is not None
+        assert y.teacher_s is not None
         teacher_m = torch.maximum(x.teacher_m, y.teacher_m)
         gx, gy = x.teacher_m - teacher_m, y.teacher_m - teacher_m
         tx, ty = gx.exp(), gy.exp()
@@ -133,5 +137,7 @@ def merge(x: Moments, y: Moments) -> Moments:
         if x.d is not None and y.d is not None:
             d = ex * (x.d + (fx - gx) * x.s) + ey * (y.d + (fy - gy) * y.s)
         if x.teacher_d is not None and y.teacher_d is not None:
-            teacher_d = tx * (x.teacher_d + (gx - fx) * x.teacher_s) + ty * (y.teacher_d + (gy - fy) * y.teacher_s)
+            teacher_d = tx * (x.teacher_d + (gx - fx) * x.teacher_s) + ty * (
+                y.teacher_d + (gy - fy) * y.teacher_s
+            )
     return Moments(m, s, a, teacher_m, teacher_s, d, teacher_d, argmax)

@@ -1,9 +1,10 @@
 """The custom ops behind `token_stats`: schemas, fakes and autograd around the sweeps.
 
-The backward is an op of its own, so that compiled graphs hold each as one node. Logits kept within the budget are
-extra outputs of the forward op, since that is how an op hands tensors to its backward.
+The backward is an op of its own, so that compiled graphs hold each as one node. Logits kept within the budget
+are extra outputs of the forward op, since that is how an op hands tensors to its backward.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids per token, ``S`` saved statistics.
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids per token, ``S`` saved
+statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from lightning_onpolicy.kernels.coefficients import coefficients
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
 from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype
-from lightning_onpolicy.kernels.sweep import Heads, Wanted, sweep_backward, sweep_forward
+from lightning_onpolicy.kernels.sweep import Wanted, sweep_backward, sweep_forward
+from lightning_onpolicy.kernels.tile_logits import Heads
 from lightning_onpolicy.kernels.tiles import plan
 
 _PROBLEM = """
@@ -89,7 +91,9 @@ class Problem:
         """Uninitialised flat stores for the kept logits of student and teacher."""
         size = self.hidden.shape[0] * self.kept
         teacher_size = 0 if self.teacher_hidden is None else size
-        return self.hidden.new_empty(size, dtype=self.dtype), self.hidden.new_empty(teacher_size, dtype=self.dtype)
+        return self.hidden.new_empty(size, dtype=self.dtype), self.hidden.new_empty(
+            teacher_size, dtype=self.dtype
+        )
 
     def state_names(self, names: list[str]) -> list[str]:
         """Rows of the ``[S, N]`` state that the forward op saves for gradients of the outputs ``names``."""
@@ -106,7 +110,7 @@ class Problem:
         return [*out, self.hidden.new_empty((len(self.state_names(names)), N), dtype=self.dtype)]
 
     def heads(self, stores: tuple[Tensor, Tensor], *, with_teacher: bool) -> Heads:
-        """Heads over the stores. The cut is the same with and without the teacher: the stores are laid out by it."""
+        """Heads over the stores. The stores are laid out by the cut, so it ignores ``with_teacher``."""
         converted = [self.hidden.shape[1]] if self.weight.dtype != self.operand_dtype else []
         teacher = None
         if self.teacher_hidden is not None and self.teacher_weight is not None:
@@ -155,10 +159,7 @@ class Problem:
         )
 
 
-@torch.library.custom_op(
-    "lightning_onpolicy::token_stats", mutates_args=(), schema=f"(str outputs, {_PROBLEM}) -> Tensor[]"
-)
-def token_stats_op(outputs: str, *arguments: Any) -> list[Tensor]:
+def forward(outputs: str, *arguments: Any) -> list[Tensor]:
     """The comma-separated ``outputs`` in order, then the state ``[S, N]`` and both stores of kept logits."""
     problem, names = Problem(*arguments), outputs.split(",")
     _check_ids(problem.index, problem.vocab_size)
@@ -173,19 +174,21 @@ def token_stats_op(outputs: str, *arguments: Any) -> list[Tensor]:
     return [*(out[name] for name in names), rows, *stores]
 
 
+token_stats_op = torch.library.custom_op(
+    "lightning_onpolicy::token_stats",
+    forward,
+    mutates_args=(),
+    schema=f"(str outputs, {_PROBLEM}) -> Tensor[]",
+)
+
+
 @token_stats_op.register_fake
 def _(outputs: str, *arguments: Any) -> list[Tensor]:
     problem = Problem(*arguments)
     return [*problem.empty(outputs.split(",")), *problem.stores()]
 
 
-@torch.library.custom_op(
-    "lightning_onpolicy::token_stats_backward",
-    mutates_args=(),
-    schema=f"""(str terms, Tensor table, Tensor? sparse, Tensor state, Tensor kept_z, Tensor kept_t,
-        bool want_hidden, bool want_weight, bool want_bias, {_PROBLEM}) -> Tensor[]""",
-)
-def token_stats_backward_op(
+def backward(
     terms: str,
     table: Tensor,
     sparse: Tensor | None,
@@ -199,8 +202,8 @@ def token_stats_backward_op(
 ) -> list[Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted.
 
-    ``table`` holds the coefficients named by the comma-separated ``terms``; ``state`` starts with the rows ``lse``
-    and, with a teacher, ``teacher_lse``.
+    ``table`` holds the coefficients named by the comma-separated ``terms``; ``state`` starts with the rows
+    ``lse`` and, with a teacher, ``teacher_lse``.
     """
     problem, names = Problem(*arguments), terms.split(",")
     with torch.autocast(problem.hidden.device.type, enabled=False):
@@ -217,10 +220,19 @@ def token_stats_backward_op(
             Mixing(problem.beta, problem.alpha),
             Wanted(want_hidden, want_weight, want_bias),
         )
-    if problem.bias is not None and want_bias:
+    if problem.bias is not None:
         # dz is the gradient of the unscaled product; the bias is added after the scale.
         grad_bias = grad_bias.div_(problem.logit_scale).to(problem.bias.dtype)
     return [grad_hidden.to(problem.hidden.dtype), grad_weight, grad_bias]
+
+
+token_stats_backward_op = torch.library.custom_op(
+    "lightning_onpolicy::token_stats_backward",
+    backward,
+    mutates_args=(),
+    schema=f"""(str terms, Tensor table, Tensor? sparse, Tensor state, Tensor kept_z, Tensor kept_t,
+        bool want_hidden, bool want_weight, bool want_bias, {_PROBLEM}) -> Tensor[]""",
+)
 
 
 @token_stats_backward_op.register_fake
@@ -239,7 +251,9 @@ def _(
     problem = Problem(*arguments)
     like = (problem.hidden, problem.weight, problem.bias)
     return [
-        problem.hidden.new_empty(x.shape if want and x is not None else (0,), dtype=(state if x is None else x).dtype)
+        problem.hidden.new_empty(
+            x.shape if want and x is not None else (0,), dtype=(state if x is None else x).dtype
+        )
         for x, want in zip(like, (want_hidden, want_weight, want_bias), strict=True)
     ]
 

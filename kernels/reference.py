@@ -1,13 +1,15 @@
 """The oracle: every statistic of `token_stats` in plain eager PyTorch over materialised logits.
 
-The one implementation that tests and benchmarks compare with. Runs in float64 when the hidden states are float64
-and in float32 otherwise (half-precision inputs are upcast first), and gets its gradients from autograd.
+The one implementation that tests and benchmarks compare with. Runs in float64 when the hidden states are
+float64 and in float32 otherwise (half-precision inputs are upcast first), and gets its gradients from
+autograd.
 
-Legend: ``N`` tokens, ``H`` hidden, ``V`` vocabulary, ``K`` ids; ``p`` student and ``q`` teacher at one temperature;
-``logp_NV`` and ``logq_NV`` are their log-probabilities.
+Legend: ``N`` tokens, ``H`` hidden, ``V`` vocabulary, ``K`` ids; ``p`` student and ``q`` teacher at one
+temperature; ``logp_NV`` and ``logq_NV`` are their log-probabilities.
 
-Sources: generalised JSD, Agarwal et al., "On-Policy Distillation of Language Models" (2306.13649), eq. 1; skew KL,
-Ko et al., "DistiLLM" (2402.03898), eq. 4 and 5; the tail bucket treats all ids outside the support as one event.
+Sources: generalised JSD, Agarwal et al., "On-Policy Distillation of Language Models" (2306.13649), eq. 1;
+skew KL, Ko et al., "DistiLLM" (2402.03898), eq. 4 and 5; the tail bucket treats all ids outside the support
+as one event.
 """
 
 from __future__ import annotations
@@ -88,29 +90,18 @@ def total_variation(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
 
 
 def topk_kl(logp_NK: Tensor, logq_NK: Tensor, *, reverse: bool) -> Tensor:
-    """KL over K ids and one bucket that holds the rest of the vocabulary.
-
-    ``forward = Σ_k q_k log(q_k / p_k) + Q log(Q / P)`` with tail masses ``Q = 1 - Σ q_k``, ``P = 1 - Σ p_k``;
-    ``reverse`` swaps p and q. Tail masses are floored at the rounding error of the sums.
+    """KL over K ids and one bucket that holds the rest of the vocabulary, with tail masses 1 - Σ, ``[N]``.
 
     Args:
         logp_NK: ``[N, K]`` student log-probabilities at the ids.
         logq_NK: ``[N, K]`` teacher log-probabilities; entries of -inf are not part of the support.
         reverse: KL(p || q) instead of KL(q || p).
-
-    Returns:
-        ``[N]`` divergences, differentiable with respect to ``logp_NK``.
     """
-    support_NK = logq_NK > -math.inf
-    zero = torch.zeros((), dtype=logp_NK.dtype, device=logp_NK.device)
-    logp_NK = torch.where(support_NK, logp_NK, zero)
-    logq_NK = torch.where(support_NK, logq_NK.to(logp_NK.dtype), zero)
-    p_NK, q_NK = (torch.where(support_NK, x.exp(), zero) for x in (logp_NK, logq_NK))
-    floor = 8 * torch.finfo(logp_NK.dtype).eps
-    tail_p, tail_q = ((1 - x.sum(1)).clamp(min=floor) for x in (p_NK, q_NK))
-    if reverse:
-        return (p_NK * (logp_NK - logq_NK)).sum(1) + tail_p * (tail_p.log() - tail_q.log())
-    return (q_NK * (logq_NK - logp_NK)).sum(1) + tail_q * (tail_q.log() - tail_p.log())
+    logq_NK = logq_NK.to(logp_NK.dtype)
+    logp_NK = torch.where(logq_NK > -math.inf, logp_NK, -math.inf)
+    tail_p, tail_q = ((1 - x.exp().sum(1, keepdim=True)).clamp(min=0).log() for x in (logp_NK, logq_NK))
+    student, teacher = torch.cat((logp_NK, tail_p), 1), torch.cat((logq_NK, tail_q), 1)
+    return kl(student, teacher) if reverse else kl(teacher, student)
 
 
 def token_stats(
@@ -130,7 +121,8 @@ def token_stats(
     beta: float = 0.5,
     alpha: float = 0.1,
 ) -> TokenStats:
-    """`lightning_onpolicy.kernels.token_stats` over full ``[N, V]`` logits; the same arguments without the budget.
+    """`lightning_onpolicy.kernels.token_stats` over full ``[N, V]`` logits; the same arguments without the
+    budget.
 
     Raises:
         ValueError: If an output is unknown.
@@ -140,7 +132,13 @@ def token_stats(
     if teacher is not None:
         size = min(size, teacher.vocab_size or teacher.weight.shape[0])
     logits_NV = logits(
-        hidden, weight, bias, temperature=temperature, soft_cap=soft_cap, logit_scale=logit_scale, vocab_size=size
+        hidden,
+        weight,
+        bias,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        logit_scale=logit_scale,
+        vocab_size=size,
     )
     logp_NV = logits_NV.log_softmax(1)
 

@@ -1,7 +1,7 @@
 """What `token_stats` can be asked for, and the small dataclasses that cross its boundary.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the output head, ``K`` ids per token; ``p`` student, ``q``
-teacher distribution, both ``[N, V]`` and never materialised.
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the output head, ``K`` ids per token; ``p`` student,
+``q`` teacher distribution, both ``[N, V]`` and never materialised.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ OUTPUTS = (*STUDENT_OUTPUTS, "logp_at_ids", *TEACHER_OUTPUTS, *TOPK_OUTPUTS, *ME
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """A white-box teacher's last hidden states and output head (payload T1); frozen, it never gets a gradient.
+    """A white-box teacher's last hidden states and output head (payload T1); frozen, it never gets a
+    gradient.
 
     Teacher logits are ``soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature`` with the student's
     temperature.
@@ -69,13 +70,13 @@ class TopK:
     logps: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStats(Mapping[str, Tensor]):
     """Per-token statistics by name, as attributes (``stats.logp``) or items (``stats["logp"]``).
 
     Args:
-        values_by_name: ``[N]`` tensors in the order asked for (``logp_at_ids`` is ``[N, K]``): float32, or float64 where
-            the hidden states are; ``argmax`` is int64.
+        values_by_name: ``[N]`` tensors in the order asked for (``logp_at_ids`` is ``[N, K]``): float32, or
+            float64 where the hidden states are; ``argmax`` is int64.
     """
 
     values_by_name: dict[str, Tensor]
@@ -101,9 +102,9 @@ class TokenStats(Mapping[str, Tensor]):
 def _register_pytree() -> None:
     """Make TokenStats a pytree node.
 
-    FSDP2 hangs its pre-backward hook on the output tensors it finds with ``tree_flatten``; without this a sharded
-    head that returns a TokenStats would not be gathered for the backward pass. ``torch.utils._pytree`` has no
-    public spelling as of torch 2.13.
+    FSDP2 hangs its pre-backward hook on the output tensors it finds with ``tree_flatten``; without this a
+    sharded head that returns a TokenStats would not be gathered for the backward pass.
+    ``torch.utils._pytree`` has no public spelling as of torch 2.13.
     """
     _pytree.register_pytree_node(
         TokenStats,
@@ -114,5 +115,3 @@ def _register_pytree() -> None:
 
 
 _register_pytree()
-
-

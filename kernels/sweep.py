@@ -1,7 +1,7 @@
 """The two sweeps over the tiles: statistics forward, gradients backward; ordinary functions on real tensors.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` true vocabulary, ``K`` indexed ids per token; ``R`` and ``C`` rows and
-columns of a tile; ``z``, ``t`` student and teacher logits; ``l``, ``k`` their log-probabilities.
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` true vocabulary, ``K`` indexed ids per token; ``R`` and ``C``
+rows and columns of a tile; ``z``, ``t`` student and teacher logits; ``l``, ``k`` their log-probabilities.
 """
 
 from __future__ import annotations
@@ -16,92 +16,8 @@ from lightning_onpolicy.kernels.coefficients import logit_gradient
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing, curve, curve_sums
 from lightning_onpolicy.kernels.head_logits import HeadLogits, multiply
 from lightning_onpolicy.kernels.moments import Moments, merge, tile_moments
-from lightning_onpolicy.kernels.tiles import Slice, Tiling, Workspace, kept_tile
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Both heads, the cut, the logits kept, and the workspace: what produces any tile of logits.
-
-    Args:
-        student: Student head.
-        teacher: Teacher head or None.
-        tiling: The cut.
-        kept_z: Flat ``[N * kept]`` store of student logits.
-        kept_t: The teacher's, empty without a teacher.
-    """
-
-    student: HeadLogits
-    teacher: HeadLogits | None
-    tiling: Tiling
-    kept_z: Tensor
-    kept_t: Tensor
-
-    def workspace(self) -> Workspace:
-        """Five buffers: z, its exponential, t, its exponential, soft-cap factor (the last three if needed)."""
-        count = 4 if self.teacher is not None else 2
-        if self.student.soft_cap is not None:
-            count = 5
-        return Workspace(self.tiling, count, self.kept_z, self.kept_z.dtype)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tile, its logits not yet there.
-
-    Args:
-        part: Vocabulary slice.
-        block: Rows.
-        weight_CH: The student's slice of weights, in the operand dtype.
-        teacher_weight_CH: The teacher's, or None.
-    """
-
-    part: Slice
-    block: slice
-    weight_CH: Tensor
-    teacher_weight_CH: Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """R and C."""
-        return self.block.stop - self.block.start, len(self.part)
-
-    def logits(self, heads: Heads, space: Workspace, *, fresh: bool) -> tuple[Tensor, Tensor | None]:
-        """Student and teacher logits: from the store, or computed into the store or the workspace.
-
-        Args:
-            heads: The heads.
-            space: Workspace; buffers 0 and 2 take what is not kept.
-            fresh: Compute kept logits too (the first visit).
-        """
-        z_RC = self._one(heads.student, self.weight_CH, heads.kept_z, heads.tiling, space, 0, fresh)
-        if heads.teacher is None or self.teacher_weight_CH is None:
-            return z_RC, None
-        return z_RC, self._one(
-            heads.teacher, self.teacher_weight_CH, heads.kept_t, heads.tiling, space, 2, fresh
-        )
-
-    def _one(
-        self,
-        head: HeadLogits,
-        weight_CH: Tensor,
-        kept: Tensor,
-        tiling: Tiling,
-        space: Workspace,
-        number: int,
-        fresh: bool,
-    ) -> Tensor:
-        if self.part.kept:
-            out_RC = kept_tile(kept, tiling, self.part, self.block)
-            return head.into(out_RC, weight_CH, self.part.start, self.block) if fresh else out_RC
-        return head.into(space.tile(number, *self.shape), weight_CH, self.part.start, self.block)
-
-
-def tiles_of(heads: Heads, part: Slice) -> list[Tile]:
-    """The tiles of one vocabulary slice, sharing its (cast) weights."""
-    weight_CH = heads.student.weight_slice(part.start, part.stop)
-    teacher_CH = None if heads.teacher is None else heads.teacher.weight_slice(part.start, part.stop)
-    return [Tile(part, block, weight_CH, teacher_CH) for block in heads.tiling.blocks()]
+from lightning_onpolicy.kernels.tile_logits import Heads, Tile, tiles_of
+from lightning_onpolicy.kernels.tiles import Slice, Tiling, Workspace
 
 
 def sweep_forward(
@@ -224,21 +140,21 @@ def sweep_backward(
         wanted: Which gradients.
 
     Returns:
-        ``[N, H]``, ``[padded V, H]`` and ``[padded V]`` in the accumulation dtype, except the weight's, which is
-        in the weight's dtype, rounded once.
+        ``[N, H]``, ``[padded V, H]`` and ``[padded V]`` in the accumulation dtype, except the weight's, which
+        is in the weight's dtype, rounded once.
     """
     acc = heads.kept_z.dtype
     space = heads.workspace()
     tiling = heads.tiling
     x_NH = hidden.to(heads.student.x.dtype)
-    none = hidden.new_empty(0, dtype=acc)
-    grad_hidden = torch.empty_like(x_NH, dtype=acc, memory_format=torch.contiguous_format) if wanted.hidden else none
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted.weight else none
-    grad_bias = hidden.new_zeros(weight.shape[0], dtype=acc) if wanted.bias else none
+    # Separate empty tensors: outputs of an op may not alias each other.
+    grad_hidden = hidden.new_empty(hidden.shape if wanted.hidden else (0,), dtype=acc)
+    grad_weight = weight.new_empty(weight.shape if wanted.weight else (0,))
+    grad_bias = hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=acc)
     if wanted.weight:
         grad_weight[tiling.columns if tiling.rows else 0 :].zero_()
     for part in tiling.slices():
-        sums_CH = _weight_sums(grad_weight, part, acc, tiling, x_NH) if wanted.weight else none
+        sums_CH = _weight_sums(grad_weight, part, acc, tiling, x_NH) if wanted.weight else None
         for tile in tiles_of(heads, part):
             first_block, first_slice = tile.block.start == 0, part.start == 0
             dz_RC = _tile_gradient(heads, space, tile, table, index_NK, sparse_NK, state, mixing)
@@ -246,10 +162,10 @@ def sweep_backward(
                 grad_bias[part.start : part.stop] += dz_RC.sum(0)
             operand_RC = dz_RC.to(x_NH.dtype)
             if wanted.hidden:
-                multiply(grad_hidden[tile.block], operand_RC, tile.weight_CH, add=not first_slice)
-            if wanted.weight:
+                multiply(grad_hidden[tile.block], operand_RC, tile.weight, add=not first_slice)
+            if sums_CH is not None:
                 multiply(sums_CH, operand_RC.T, x_NH[tile.block], add=not first_block)
-        if wanted.weight and tiling.rows:
+        if sums_CH is not None and tiling.rows:
             target = grad_weight[part.start : part.stop]
             if sums_CH.data_ptr() != target.data_ptr():
                 target.copy_(sums_CH)
@@ -257,7 +173,7 @@ def sweep_backward(
 
 
 def _weight_sums(grad_weight: Tensor, part: Slice, acc: torch.dtype, tiling: Tiling, x_NH: Tensor) -> Tensor:
-    """Where a slice of the weight's gradient is summed: in place, unless that would round between row blocks."""
+    """Where a slice of the weight's gradient is summed: in place, unless that rounds between row blocks."""
     target = grad_weight[part.start : part.stop]
     one_product = tiling.rows <= tiling.row_block and target.dtype == x_NH.dtype
     return target if target.dtype == acc or one_product else torch.empty_like(target, dtype=acc)

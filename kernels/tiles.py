@@ -1,8 +1,8 @@
 """How the ``[N, V]`` plane of logits is cut: vocabulary slices outermost, blocks of rows inside.
 
 A vocabulary slice outermost makes each slice of the weight's gradient one product, written once, and lets the
-statistics be merged slice by slice (or rank by rank) without the logits. Sizes come from bytes, never from a ratio
-of V and H.
+statistics be merged slice by slice (or rank by rank) without the logits. Sizes come from bytes, never from a
+ratio of V and H.
 
 Legend: ``N`` rows (tokens), ``V`` vocabulary, ``H`` hidden size.
 """
@@ -17,11 +17,15 @@ from torch import Tensor
 
 #: Logits and workspace a call may hold at a time, by default.
 DEFAULT_BUDGET_BYTES = 2**30
-# One CPU buffer is 4 MiB in float32: two stay in a shared L3 cache between the product and the passes over it,
-# while 1024 rows are enough for the product to run at full speed.
-_CPU_ELEMENTS, _CPU_ROWS = 2**20, 1024
-_GPU_MAX_ELEMENTS, _GPU_ROWS = 2**25, 16384
-_MIN_COLUMNS = 128
+#: Largest tile on the CPU. 4 MiB in float32: two buffers stay in the shared cache between the product and the
+#: passes over it, while 1024 rows are enough for the product to run at full speed.
+CPU_ELEMENTS = 2**20
+CPU_ROWS = 1024
+#: Largest tile elsewhere: few launches, and few passes over the accumulated gradient of the hidden states.
+GPU_ELEMENTS = 2**25
+GPU_ROWS = 16384
+#: Widths of tiles, and of what is kept, are multiples of this.
+MIN_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Tiling:
 def tile_elements(device_type: str, budget_bytes: int, buffers: int, itemsize: int) -> int:
     """Elements of one workspace buffer; at least 2**20, so that a small budget does not slow the products."""
     if device_type == "cpu":
-        return _CPU_ELEMENTS
-    return max(2**20, min(_GPU_MAX_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
+        return CPU_ELEMENTS
+    return max(2**20, min(GPU_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
 
 
 def plan(
@@ -83,14 +87,14 @@ def plan(
         kept: Leading vocabulary ids whose logits are kept.
         device_type: ``"cpu"`` or an accelerator.
         elements: Elements of one workspace buffer.
-        converted_width: H where slices of the weight change dtype on their way to the product, else None; bounds
-            that copy by ``4 * elements``.
+        converted_width: H where slices of the weight change dtype on their way to the product, else None;
+            bounds that copy by ``4 * elements``.
     """
-    row_block = max(1, min(rows, _CPU_ROWS if device_type == "cpu" else _GPU_ROWS))
+    row_block = max(1, min(rows, CPU_ROWS if device_type == "cpu" else GPU_ROWS))
     width = elements // row_block
     if converted_width is not None:
         width = min(width, 4 * elements // max(1, converted_width))
-    width = max(_MIN_COLUMNS, width // _MIN_COLUMNS * _MIN_COLUMNS)
+    width = max(MIN_COLUMNS, width // MIN_COLUMNS * MIN_COLUMNS)
     return Tiling(rows, columns, row_block, min(width, max(1, columns)), kept)
 
 
@@ -100,25 +104,27 @@ def kept_columns(rows: int, columns: int, *, bytes_left: int, streams: int, item
     fit = max(0, bytes_left) // per_column
     if fit >= columns:
         return columns
-    return fit // _MIN_COLUMNS * _MIN_COLUMNS
+    return fit // MIN_COLUMNS * MIN_COLUMNS
 
 
 class Workspace:
-    """Buffers of one tile each, allocated once per call and reused for every tile.
+    """Numbered buffers of one tile each, allocated on first use and reused for every tile of a call.
 
     Args:
         tiling: The cut.
-        buffers: Number of buffers.
         like: Tensor whose device is used.
         dtype: Dtype of the buffers.
     """
 
-    def __init__(self, tiling: Tiling, buffers: int, like: Tensor, dtype: torch.dtype) -> None:
-        size = min(tiling.row_block, tiling.rows) * tiling.column_block
-        self._flat = [torch.empty(size, dtype=dtype, device=like.device) for _ in range(buffers)]
+    def __init__(self, tiling: Tiling, like: Tensor, dtype: torch.dtype) -> None:
+        self._size = min(tiling.row_block, tiling.rows) * tiling.column_block
+        self._like, self._dtype = like, dtype
+        self._flat: dict[int, Tensor] = {}
 
     def tile(self, number: int, rows: int, columns: int) -> Tensor:
         """Buffer ``number`` as a contiguous ``[rows, columns]`` matrix of stale values."""
+        if number not in self._flat:
+            self._flat[number] = self._like.new_empty(self._size, dtype=self._dtype)
         return self._flat[number][: rows * columns].view(rows, columns)
 
 

@@ -1,22 +1,24 @@
 """Per-token statistics of a language-model head, from hidden states, without ``[tokens, vocab]`` logits.
 
-One composable op instead of fused losses: any subset of statistics, each differentiable with arbitrary per-token
-upstream gradients, so that policy-gradient and distillation losses stay ordinary PyTorch over its outputs.
+One composable op instead of fused losses: any subset of statistics, each differentiable with arbitrary
+per-token upstream gradients, so that policy-gradient and distillation losses stay ordinary PyTorch over its
+outputs.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head (true vocabulary and padding), ``K`` ids per token;
-``p`` student, ``q`` teacher, both at the same temperature.
+Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head (true vocabulary and padding), ``K`` ids per
+token; ``p`` student, ``q`` teacher, both at the same temperature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_onpolicy.kernels.checks import check
 from lightning_onpolicy.kernels.divergences import CURVED
+from lightning_onpolicy.kernels.head_logits import operand_dtype
 from lightning_onpolicy.kernels.ops import Problem, token_stats_op
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
 from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
@@ -41,10 +43,10 @@ def token_stats(
     alpha: float = 0.1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> TokenStats:
-    """Per-token statistics of ``p = softmax(soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature)``.
+    """Statistics of ``p = softmax(soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature)``.
 
-    Differentiable with respect to ``hidden``, ``weight`` and ``bias``, once (no double backward); gradients are
-    computed only where ``requires_grad`` asks, so a frozen head costs no product for its weight.
+    Differentiable with respect to ``hidden``, ``weight`` and ``bias``, once (no double backward); gradients
+    are computed only where ``requires_grad`` asks, so a frozen head costs no product for its weight.
 
     Outputs:
         - ``logp``: log p of the target.
@@ -55,14 +57,15 @@ def token_stats(
         - ``jsd``: β KL(q || m) + (1-β) KL(p || m), m = β q + (1-β) p.
         - ``skew_forward_kl``: KL(q || α q + (1-α) p); ``skew_reverse_kl``: KL(p || (1-α) q + α p).
         - ``total_variation``: ½ Σ |p - q|.
-        - ``topk_reverse_kl``, ``topk_forward_kl``: KL over the ids of ``topk`` and a bucket for all other ids.
+        - ``topk_reverse_kl``, ``topk_forward_kl``: KL over the ids of ``topk`` and a bucket for all other
+          ids.
         - ``max_logp``, ``argmax`` (int64): the most probable id; metrics, without gradient.
 
     Args:
         hidden: ``[N, H]`` last hidden states, after the final norm; floating point.
         weight: ``[V, H]`` output head.
-        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: drop masked tokens first. Ids
-            outside the vocabulary raise on the CPU and give NaN elsewhere.
+        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: drop masked tokens first.
+            Ids outside the vocabulary raise on the CPU and give NaN elsewhere.
         outputs: Names of statistics to compute, in the order they come back.
         bias: ``[V]``, added after the scale. Ids with a bias of -inf have probability 0.
         temperature: Positive float or ``[N]`` tensor, applied to student and teacher; gets no gradient.
@@ -72,19 +75,19 @@ def token_stats(
         ids: ``[N, K]`` int64, needed by ``logp_at_ids``.
         teacher: White-box teacher, needed by the divergences over the full vocabulary.
         topk: Teacher log-probabilities at K ids, needed by the top-k divergences.
-        beta: Teacher share of the JSD mixture, in (0, 1). Towards 0 and 1 the JSD vanishes: its limits are not
-            the KLs, which are outputs of their own.
+        beta: Teacher share of the JSD mixture, in (0, 1). Towards 0 and 1 the JSD vanishes: its limits are
+            not the KLs, which are outputs of their own.
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
-        budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward pass
-            while the budget lasts and recomputed past it. The workspace itself does not shrink below 4 MiB (2**20
-            float32) per buffer, two to five buffers; its size depends neither on N nor on V.
+        budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
+            pass while the budget lasts and recomputed past it. The workspace itself does not shrink below 4
+            MiB (2**20 float32) per buffer, two to five buffers; its size depends neither on N nor on V.
 
     Returns:
         Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
 
     Raises:
-        ValueError: If an output is unknown, a tensor that an output needs is missing, or a shape, dtype, device
-            or range is wrong; the message names the argument.
+        ValueError: If an output is unknown, a tensor that an output needs is missing, or a shape, dtype,
+            device or range is wrong; the message names the argument.
 
     Example:
         >>> hidden, weight = torch.randn(3, 8), torch.randn(50, 8, requires_grad=True)
@@ -144,7 +147,9 @@ def token_stats(
         beta=beta,
         alpha=alpha,
         operand_dtype=operand,
-        teacher_operand_dtype=operand if used is None else operand_dtype(used.hidden, used.weight, like=hidden),
+        teacher_operand_dtype=operand
+        if used is None
+        else operand_dtype(used.hidden, used.weight, like=hidden),
         tile_elements=elements,
         kept=kept,
     )
@@ -179,27 +184,6 @@ def _index(
     return torch.cat(list(parts.values()), dim=1), {name: part.shape[1] for name, part in parts.items()}
 
 
-def operand_dtype(hidden: Tensor, weight: Tensor, like: Tensor | None = None) -> torch.dtype:
-    """Dtype of a product's operands.
-
-    On the CPU float32; elsewhere autocast's dtype, or else the one that holds hidden states and weight. float64 if
-    and only if the student's hidden states are.
-
-    Args:
-        hidden: ``[N, H]``.
-        weight: ``[V, H]``.
-        like: The student's hidden states, where ``hidden`` is the teacher's.
-    """
-    if (hidden if like is None else like).dtype == torch.float64:
-        return torch.float64
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype == torch.float64 or hidden.device.type == "cpu":
-        return torch.float32
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return dtype
-
-
 def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
     if isinstance(temperature, Tensor):
         return temperature.detach()
@@ -211,10 +195,13 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
 
 def _gather(teacher: TeacherHead | None) -> TeacherHead | None:
     """The teacher with a plain weight and bias: sharded ones are gathered for the call."""
-    if teacher is None:
-        return None
-    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (teacher.weight, teacher.bias))
-    if weight is teacher.weight and bias is teacher.bias:
+    # DTensors exist only in a process group; importing them takes longer than all else here.
+    if teacher is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return teacher
-    assert weight is not None
-    return TeacherHead(teacher.hidden, weight, bias, teacher.soft_cap, teacher.logit_scale, teacher.vocab_size)
+    from torch.distributed.tensor import DTensor
+
+    def plain(x: Tensor) -> Tensor:
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+    bias = None if teacher.bias is None else plain(teacher.bias)
+    return replace(teacher, weight=plain(teacher.weight), bias=bias)

@@ -3,8 +3,8 @@
     forward   Σ_k q_k log(q_k / p_k) + Q log(Q / P)      Q = 1 - Σ q_k
     reverse   Σ_k p_k log(p_k / q_k) + P log(P / Q)      P = 1 - Σ p_k
 
-With the tail bucket the gradient vanishes at p = q and the divergence sees mass that leaves the support; truncated
-and renormalised variants lack one or the other.
+With the tail bucket the gradient vanishes at p = q and the divergence sees mass that leaves the support;
+truncated and renormalised variants lack one or the other.
 
 Legend: ``N`` tokens, ``K`` ids per token; ``p`` student, ``q`` teacher.
 """
@@ -26,8 +26,8 @@ def topk_kl(logp_NK: Tensor, logq_NK: Tensor, *, reverse: bool) -> Tensor:
         reverse: KL(p || q) instead of KL(q || p).
 
     Returns:
-        ``[N]`` divergences in the dtype of ``logp_NK``. Tail masses below the rounding error of the sums are held
-        at it, without gradient: a full support (K = V) gives the exact KL.
+        ``[N]`` divergences in the dtype of ``logp_NK``. Tail masses below the rounding error of the sums are
+        held at it, without gradient: a full support (K = V) gives the exact KL.
     """
     dtype = logp_NK.dtype
     support_NK = logq_NK > -math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,18 @@ from lightning_onpolicy.modules.keys import prompt_key
 from lightning_onpolicy.modules.metrics import RolloutMetrics, WeightedMean
 
 
+@dataclass
+class _Tables:
+    """One evaluation's metrics; a plain object, so that they are no sub-modules of the method."""
+
+    rollouts: RolloutMetrics
+    tokens: dict[str, WeightedMean] = field(default_factory=dict)
+
+
 class RolloutEvaluation(pl.LightningModule):
     """Mixin: ``validate`` and ``test`` report avg@k, pass@k, lengths, truncation; ``predict`` returns completions."""
 
-    _rollout_metrics: RolloutMetrics | None = None
-    _token_metrics: dict[str, WeightedMean]
+    _tables: _Tables | None = None
 
     def evaluate(self, micro: RolloutBatch) -> dict[str, Tensor]:
         """Further per-token values ``[N]`` to report the mean of, e.g. divergences to a teacher."""
@@ -28,17 +36,16 @@ class RolloutEvaluation(pl.LightningModule):
         raise TypeError("RolloutEvaluation is a mixin of OnPolicyModule.")
 
     def _start(self) -> None:
-        self._rollout_metrics = RolloutMetrics().to(self.device)
-        self._token_metrics = {}
+        self._tables = _Tables(RolloutMetrics().to(self.device))
 
     def _step(self, batch: RolloutBatch) -> None:
-        assert self._rollout_metrics is not None
-        self._rollout_metrics.update(batch)
+        assert self._tables is not None
+        self._tables.rollouts.update(batch)
         with torch.no_grad():
             for micro in self._micro_batches(batch, self.loop.micro_batch_tokens):  # type: ignore[attr-defined]
                 mask = micro.response_mask
                 for name, value_N in self.evaluate(micro).items():
-                    metric = self._token_metrics.setdefault(name, WeightedMean(name).to(self.device))
+                    metric = self._tables.tokens.setdefault(name, WeightedMean(name).to(self.device))
                     metric.update(
                         scatter(value_N, mask).sum(1),
                         mask[:, 1:].sum(1),
@@ -47,11 +54,11 @@ class RolloutEvaluation(pl.LightningModule):
                     )
 
     def _end(self, stage: str) -> None:
-        assert self._rollout_metrics is not None
-        values = self._rollout_metrics.compute()
-        for metric in self._token_metrics.values():
+        assert self._tables is not None
+        values = self._tables.rollouts.compute()
+        for metric in self._tables.tokens.values():
             values |= metric.compute()
-        self._rollout_metrics, self._token_metrics = None, {}
+        self._tables = None
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 
     def on_validation_epoch_start(self) -> None:

@@ -3,8 +3,8 @@
 Legend: ``B`` live rows, ``M`` rows that join, ``P`` prompts of a prefill, ``C`` columns of the cache, ``V``
 vocabulary, ``N`` completions asked for.
 
-Bookkeeping lives on the CPU; per step one transfer goes each way: token ids and lengths up, drawn tokens
-down.
+Bookkeeping lives on the CPU: a step sends token ids and lengths to the policy's device and gets drawn tokens
+back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Sampl
 from lightning_onpolicy.datamodules.engines.base import Decoder
 from lightning_onpolicy.datamodules.engines.cache import RowCache, make_row_cache
 from lightning_onpolicy.datamodules.engines.lockstep import Pace
+from lightning_onpolicy.datamodules.engines.rows import Limits, Prefilled, Rows
 from lightning_onpolicy.datamodules.engines.sampling import distribution, draw, uniforms
 
 _FINISH: tuple[FinishReason, ...] = ("eos", "stop", "length")
@@ -33,72 +33,6 @@ class TextDecoder(Protocol):
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """One text per list of ids."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds memory.
-
-    Args:
-        rows: Rows decoded at once.
-        prefill_tokens: Prompt tokens, padding included, per prefill forward pass.
-    """
-
-    rows: int
-    prefill_tokens: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Live rows, ``[B]`` int64 CPU tensors.
-
-    Args:
-        sample: Number of the completion, ``prompt * n + i``.
-        cached: Tokens of the row that are in the cache.
-        generated: Tokens sampled so far; the last one is not in the cache yet.
-        token: The last token sampled.
-        tail: ``[B, S]``, the last tokens sampled, -1 before the first (S = 0 without stop strings).
-    """
-
-    sample: Tensor
-    cached: Tensor
-    generated: Tensor
-    token: Tensor
-    tail: Tensor
-
-    def __len__(self) -> int:
-        return len(self.sample)
-
-    def take(self, index: Tensor) -> Rows:
-        """The rows at ``index``."""
-        return self._map(lambda x, _: x[index], self)
-
-    def join(self, other: Rows) -> Rows:
-        """These rows, then the others."""
-        return self._map(lambda x, y: torch.cat([x, y]), other)
-
-    def _map(self, f: Any, other: Rows) -> Rows:
-        names = [item.name for item in dataclasses.fields(self)]
-        return Rows(**{name: f(getattr(self, name), getattr(other, name)) for name in names})
-
-
-@dataclass
-class Prefilled:
-    """Prompts that went through the model, with samples left to start.
-
-    Args:
-        cache: Their keys and values, left-padded to ``columns``.
-        columns: Length of the cache.
-        logits: ``[P, V]`` next-token logits after each prompt.
-        row: Row of the cache for each prompt number.
-        samples: Completions that have not started, in order.
-    """
-
-    cache: Any
-    columns: int
-    logits: Tensor
-    row: dict[int, int]
-    samples: deque[int]
 
 
 class Rollout:
@@ -130,12 +64,13 @@ class Rollout:
     ) -> None:
         self.policy, self.prompts, self.n, self.sampling, self.seed = policy, prompts, n, sampling, seed
         self.limits, self.pace, self.device, self.text = limits, pace, device, text
-        self.lengths = torch.tensor([len(ids) for ids in prompts])
-        self.stop_ids = torch.tensor(sorted({*policy.eos_token_ids, *sampling.stop_token_ids}))
+        self.lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.long)
+        self.stop_ids = torch.tensor(
+            sorted({*policy.eos_token_ids, *sampling.stop_token_ids}), dtype=torch.long
+        )
         # A stop string of b bytes spans at most b tokens that carry text; four more for ones that carry none.
         self.tail_width = max((len(s.encode()) for s in sampling.stop), default=-4) + 4
-        # Longest first: neighbours pad each other little, and too large a batch fails at once, not at the
-        # end.
+        # Longest first: neighbours pad each other little, and a batch that is too large fails at once.
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.prefilled: Prefilled | None = None
         self.cache: RowCache | None = None
@@ -206,9 +141,8 @@ class Rollout:
         mask_PC = (torch.arange(width) >= pads_P1).long()
         ids_PC, position_PC, mask_PC = (x.to(self.device) for x in (ids_PC, position_PC, mask_PC))
         cache = self.policy.new_cache()
-        # Only a single prompt, which has no padding, can be longer than the budget; it goes in pieces.
-        for start in range(0, width, max(width if count > 1 else 1, self.limits.prefill_tokens)):
-            piece = slice(start, start + max(width if count > 1 else 1, self.limits.prefill_tokens))
+        for start in range(0, width, self.limits.prefill_tokens):  # pieces: only of a single, unpadded prompt
+            piece = slice(start, start + self.limits.prefill_tokens)
             self._tick()
             logits_PV = self.policy.decode(
                 ids_PC[:, piece], mask_PC[:, : piece.stop], position_PC[:, piece], cache

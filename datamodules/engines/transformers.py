@@ -12,7 +12,8 @@ from torch import nn
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.base import Decoder, RolloutEngine
 from lightning_onpolicy.datamodules.engines.lockstep import Pace, has_peers, is_sharded
-from lightning_onpolicy.datamodules.engines.rollout import Limits, Rollout, TextDecoder
+from lightning_onpolicy.datamodules.engines.rollout import Rollout, TextDecoder
+from lightning_onpolicy.datamodules.engines.rows import Limits
 
 
 class TransformersEngine(RolloutEngine):

@@ -1,7 +1,8 @@
-"""Any Python callable as a reward. It runs in the training process, so it must be code you trust on text you do not."""
+"""A reward from a plain Python function."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt
@@ -9,18 +10,38 @@ from lightning_onpolicy.datamodules.rewards.base import Reward
 
 
 class FunctionReward(Reward):
-    """``function(prompt, text) -> float | None`` for every completion.
+    """Calls ``function(prompt, text)`` on every completion, in this process.
+
+    For your own code over text: lengths, formats, lookups. It must not evaluate what the model wrote; a
+    function that does, or that may hang, belongs in a ``WorkerPool``.
 
     Args:
-        function: Gets the :class:`Prompt` (its ``row`` holds the source's columns) and the decoded response.
+        function: From the prompt and the decoded response to a score, or None for "could not be scored". In
+            YAML, its import path.
 
     Example:
-        >>> reward = FunctionReward(lambda prompt, text: float(len(text)))
+        >>> reward = FunctionReward(lambda prompt, text: float(text == prompt.row["answer"]))
     """
 
     def __init__(self, function: Callable[[Prompt, str], float | None]) -> None:
         self.function = function
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """One list per group, one score per completion."""
-        return [[self.function(g.prompt, c.text) for c in g.completions] for g in groups]
+        """One list per group, one score per completion.
+
+        Raises:
+            ValueError: If the function returns something that is neither a finite number nor None.
+        """
+        return [[self._one(group.prompt, c.text) for c in group.completions] for group in groups]
+
+    def _one(self, prompt: Prompt, text: str) -> float | None:
+        value = self.function(prompt, text)
+        if value is None:
+            return None
+        score = float(value)
+        if not math.isfinite(score):
+            name = getattr(self.function, "__qualname__", repr(self.function))
+            raise ValueError(
+                f"reward function {name} returned {value!r} for prompt {prompt.uid!r}; return None instead."
+            )
+        return score

@@ -1,69 +1,81 @@
-"""reasoning-gym's own verifiers, in worker processes: several of them evaluate the text they score."""
+"""The reward of generated reasoning tasks: each task's own scorer, in verifier processes."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_onpolicy.datamodules.gym import reasoning_gym
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.workers import WorkerPool
 
-if TYPE_CHECKING:  # a worker imports this module and must not pay for torch
-    from lightning_onpolicy.datamodules.batch import Group
-
-
-@functools.lru_cache(maxsize=256)
-def _scorer(task: str) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.get_score_answer_fn(task)
-
-
-def verify(task: str, entry: Mapping[str, Any], text: str) -> float:
-    """The task's score of an answer (runs in a worker)."""
-    return float(_scorer(task)(answer=text, entry=dict(entry)))
+if TYPE_CHECKING:
+    from lightning_onpolicy.datamodules.batch import Group, Prompt
 
 
 class GymReward(Reward):
-    """Scores an answer with the verifier of the reasoning-gym task it belongs to.
+    """Scores responses, stripped of white space, with the reasoning-gym task that their prompt's ``source``
+    names.
 
-    Rows must hold ``answer``, ``question`` and ``metadata`` as reasoning-gym made them, as
-    :class:`~lightning_onpolicy.datamodules.GymSource` gives them.
+    Prompts come from ``GymSource``; rows of your own need ``answer`` and ``metadata``, and ``config`` if the
+    task was not made with its default configuration.
 
     Args:
-        workers: Worker processes.
-        deadline_s: Seconds for one answer; then it is scored None.
-        partial: Keep partial credit; otherwise only a full score counts, as 1, and anything less as 0.
+        workers: Number of verifier processes.
+        deadline_s: Seconds one answer may take; one that takes longer is not scored (None).
+        partial: Keep the partial credit that several tasks give to wrong answers; without it full marks are 1
+            and everything less is 0.
+        memory_bytes: Address space of a verifier process, in bytes.
     """
 
-    def __init__(self, workers: int = 2, deadline_s: float = 5.0, partial: bool = False) -> None:
+    def __init__(
+        self, workers: int = 2, deadline_s: float = 5.0, partial: bool = False, memory_bytes: int = 2 * 2**30
+    ) -> None:
         self.partial = partial
-        self.pool = WorkerPool(f"{__name__}:verify", workers=workers, deadline_s=deadline_s)
+        self.pool = WorkerPool(
+            "lightning_onpolicy.datamodules.rewards.gym_worker:score",
+            workers=workers,
+            deadline_s=deadline_s,
+            memory_bytes=memory_bytes,
+        )
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Answers that could not be scored so far, by reason."""
+        return self.pool.failures
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """One list per group, one score per completion.
+        """One list per group, one score per completion; None where the scorer failed or ran out of time.
 
         Raises:
-            ValueError: If a row is not a reasoning-gym entry.
+            ValueError: If a prompt's source is no reasoning-gym task, or its row lacks what the task needs.
         """
         items = []
         for group in groups:
-            row = group.prompt.row
-            task = row.get("metadata", {}).get("source_dataset") if isinstance(row.get("metadata"), Mapping) else None
-            if task is None or "answer" not in row:
-                raise ValueError(
-                    f"row {group.prompt.uid!r} is not a reasoning-gym entry: it needs answer and "
-                    f"metadata.source_dataset, and has {sorted(row)}."
-                )
-            entry = {key: row.get(key) for key in ("question", "answer", "metadata")}
-            items += [{"task": task, "entry": entry, "text": c.text.strip()} for c in group.completions]
-        scores = iter(self.pool.run(items))
-        return [[self._value(next(scores)) for _ in group.completions] for group in groups]
-
-    def _value(self, score: float | None) -> float | None:
-        return score if score is None or self.partial else float(score >= 1.0 - 1e-6)
+            task = self._task(group.prompt)
+            items += [(*task, completion.text.strip()) for completion in group.completions]
+        scores = iter(self.pool.map(items))
+        return [[self._final(next(scores)) for _ in group.completions] for group in groups]
 
     def close(self) -> None:
-        """Kill the workers."""
+        """End the verifier processes."""
         self.pool.close()
+
+    def _final(self, score: float | None) -> float | None:
+        return score if self.partial or score is None else float(score >= 1 - 1e-6)
+
+    @staticmethod
+    def _task(prompt: Prompt) -> tuple[str, str, dict[str, Any]]:
+        """Name, configuration as JSON, and entry: shared by the group's items, so that it is sent once."""
+        if prompt.source not in reasoning_gym().factory.DATASETS:
+            raise ValueError(
+                f"prompt {prompt.uid!r} has the source {prompt.source!r}, which is not a reasoning-gym task: "
+                "GymReward needs rows from GymSource, or rows that name their task as 'source'."
+            )
+        missing = [key for key in ("answer", "metadata") if key not in prompt.row]
+        if missing:
+            raise ValueError(f"prompt {prompt.uid!r}: the row lacks {missing}; it has {sorted(prompt.row)}.")
+        entry = {key: prompt.row.get(key, "") for key in ("question", "answer", "metadata")}
+        return prompt.source, json.dumps(prompt.row.get("config") or {}, sort_keys=True), entry

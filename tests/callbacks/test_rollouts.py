@@ -59,7 +59,7 @@ def test_every_rollout_of_training_and_validation_is_written_once(tmp_path: Path
         "logprobs": pytest.approx([-1.0, -0.5, -0.1]),
     }
     val = lines(tmp_path / "out" / "val.rank0.jsonl")
-    assert [(row["batch"], row["step"]) for row in val[::4]] == [(1, 2), (2, 4)]
+    assert [(row["batch"], row["step"]) for row in val[::4]] == [(1, 2), (1, 4)]
 
 
 def test_parquet_is_one_table(tmp_path: Path) -> None:
@@ -121,11 +121,30 @@ def test_parquet_resumes_too(tmp_path: Path) -> None:
     first.fit(fits.Module(), fits.Batches(4))
     again = fits.trainer(tmp_path, [logger(tmp_path, format="parquet")], max_steps=3)
     again.fit(fits.Module(), fits.Batches(4), ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
-    assert sorted(p.stem for p in (tmp_path / "train.rank0.parquet").iterdir()) == [
-        "00000001",
-        "00000002",
-        "00000003",
-    ]
+    names = sorted(p.name for p in (tmp_path / "train.rank0.parquet").iterdir())
+    assert names == [f"{number:08d}-0000.parquet" for number in (1, 2, 3)]
+
+
+def test_a_validation_done_again_replaces_its_rows(tmp_path: Path) -> None:
+    """Catches: the validation at a checkpoint's step logged twice after a resume."""
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1, filename="{step}")
+    first = fits.trainer(tmp_path, [logger(tmp_path), checkpoint], enable_checkpointing=True)
+    first.fit(fits.Module(), fits.Batches(2), fits.Batches(2))
+    callback = logger(tmp_path)
+    again = fits.trainer(tmp_path, [callback, ValidateFirst()], max_epochs=2)
+    again.fit(fits.Module(), fits.Batches(2), fits.Batches(2), ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
+    rows = lines(tmp_path / "val.rank0.jsonl")
+    assert [(row["step"], row["batch"]) for row in rows[::4]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+
+
+class ValidateFirst(Callback):
+    """Runs the validation hooks at the step training resumes from, as an interrupted validation does."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for callback in trainer.callbacks:
+            callback.on_validation_start(trainer, pl_module)
+            for i in range(2):
+                callback.on_validation_batch_end(trainer, pl_module, None, fits.rollouts(i), i)
 
 
 def test_a_new_run_moves_aside_what_it_finds(tmp_path: Path) -> None:
@@ -143,10 +162,10 @@ def test_a_new_run_moves_aside_what_it_finds(tmp_path: Path) -> None:
 
 def test_rewind_cuts_at_whole_lines(tmp_path: Path) -> None:
     """Catches: off-by-one at the boundary, failure on an empty or missing file."""
-    file = JsonlFile(tmp_path / "x.jsonl")
+    file = JsonlFile(tmp_path / "x.jsonl", "batch")
     file.rewind(3)
     for number in (1, 2, 3):
-        file.write(number, [{"batch": number, "i": i} for i in range(2)])
+        file.write(number, 0, [{"batch": number, "i": i} for i in range(2)])
     file.rewind(2)
     assert [(r["batch"], r["i"]) for r in lines(file.path)] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     with file.path.open("a") as out:

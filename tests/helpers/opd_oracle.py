@@ -25,7 +25,9 @@ from lightning_onpolicy.modules.policy import Policy
 Grads = dict[str, Tensor]
 EXACT = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 OBJECTIVES = (*EXACT, "sampled_reverse_kl")
-TEMPLATE = "{% for m in messages %}t0 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}t1{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}t0 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}t1{% endif %}"
+)
 
 
 def words(n: int, names: Sequence[str] | None = None, template: str = TEMPLATE) -> Any:
@@ -78,9 +80,7 @@ def of_tokens(logp_BTV: Tensor, input_ids: Tensor) -> Tensor:
     return logp_BTV.gather(-1, input_ids[:, 1:, None])[..., 0]
 
 
-def divergence(
-    name: str, logp: Tensor, logq: Tensor, beta: float = 0.5, alpha: float = 0.1
-) -> Tensor:
+def divergence(name: str, logp: Tensor, logq: Tensor, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
     """The textbook divergence over the last dimension."""
     p, q = logp.exp(), logq.exp()
 
@@ -136,7 +136,9 @@ def ragged(seed: int, n: int, rows: int = 6, max_prompt: int = 4, max_response: 
         size = int(torch.randint(1, longest + 1, (), generator=g))
         return torch.randint(0, n, (size,), generator=g).tolist()
 
-    batch = rollouts([draw(max_prompt) for _ in range(rows)], [draw(max_response) for _ in range(rows)], pad=n - 1)
+    batch = rollouts(
+        [draw(max_prompt) for _ in range(rows)], [draw(max_response) for _ in range(rows)], pad=n - 1
+    )
     B, T = batch.input_ids.shape
     return sampled_with(batch, -1.5 + 0.3 * torch.randn(B, T - 1, generator=g, dtype=torch.float64))
 
@@ -156,8 +158,10 @@ def distill(student: Policy, teacher: Any, objective: str, **kwargs: Any) -> OnP
 def grads(loss: Tensor, policy: Policy) -> Grads:
     """Gradient of a scalar with respect to every trainable parameter, by name (zeros where unused)."""
     named = {k: v for k, v in policy.named_parameters() if v.requires_grad}
-    values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(named.items(), values, strict=True)}
+    values = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return {
+        k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(named.items(), values, strict=True)
+    }
 
 
 def step(module: OnPolicyDistill, batch: RolloutBatch, total: Counts | None = None) -> tuple[Tensor, Grads]:

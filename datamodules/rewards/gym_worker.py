@@ -1,0 +1,82 @@
+"""Scores one answer with its reasoning-gym task, inside a verifier process."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from reasoning_gym import create_dataset
+
+# reasoning-gym 0.1.25: scorers that call eval on the answer, hoping for a Python list.
+LITERAL_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
+# … and those that call SymPy's parse_expr on it, which is eval over SymPy's names and all builtins.
+SYMPY_TASKS = frozenset(
+    {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+)
+SYMPY_WORDS = frozenset(
+    {
+        "Abs",
+        "abs",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "cos",
+        "cosh",
+        "cot",
+        "csc",
+        "exp",
+        "ln",
+        "log",
+        "pi",
+        "sec",
+        "sin",
+        "sinh",
+        "sqrt",
+        "tan",
+        "tanh",
+    }
+)
+SYMPY_CHARS = re.compile(r"[A-Za-z0-9\s+\-*/^().]*", re.ASCII)
+
+
+@functools.cache
+def scorer(task: str, config: str) -> Any:
+    """The task's dataset, which knows how to score; ``config`` is JSON."""
+    dataset = create_dataset(task, **{"seed": 0, "size": 1, **json.loads(config)})
+    if task in LITERAL_TASKS:
+        # There is no public way to tell these scorers not to evaluate: shadow the name in their own module.
+        sys.modules[type(dataset).__module__].__dict__["eval"] = ast.literal_eval
+    return dataset
+
+
+def is_formula(answer: str) -> bool:
+    """Whether an answer is arithmetic over numbers, letters and elementary functions, and nothing else.
+
+    Example:
+        >>> is_formula("(7 + 3) * sin(x)**2"), is_formula("open(chr(46))"), is_formula("x.y")
+        (True, False, False)
+    """
+    return (
+        SYMPY_CHARS.fullmatch(answer) is not None
+        and all(len(word) == 1 or word in SYMPY_WORDS for word in re.findall(r"[A-Za-z]+", answer))
+        and re.search(r"\.\s*[A-Za-z]", answer) is None  # no attribute access
+    )
+
+
+def score(item: tuple[str, str, Mapping[str, Any], str]) -> float:
+    """Score ``(task, config as JSON, entry, answer)``; full marks are 1.
+
+    An answer that a scorer would evaluate although it is no formula counts as an empty one.
+    """
+    task, config, entry, answer = item
+    if task in SYMPY_TASKS and not is_formula(answer):
+        answer = ""
+    return float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))

@@ -1,0 +1,112 @@
+"""What a row is: a mapping with ``prompt`` or ``messages``, and whatever rewards need to score a response.
+
+A row has a ``prompt`` (a string) or ``messages`` (a list of ``{"role": …, "content": …}``), never both.
+Optional: ``response``, ``answer``, ``uid``, ``source``, and any other key, which is kept for rewards and
+logs. A last message by the assistant is the response, not part of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+Row = Mapping[str, Any]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows by number: equal numbers, equal rows. A list of dicts is one, so is a ``datasets.Dataset``.
+
+    A source may have a ``name``, used for prompts whose row does not say its ``source``. For the command line, give
+    the methods of your own sources exactly these annotations.
+    """
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int) -> Row:
+        """Row ``index``: see the head of this module for its keys."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Under which keys a file or dataset keeps what the library calls prompt, messages, response and answer.
+
+    Args:
+        prompt: Key of the prompt text; None ignores a column of the name ``prompt``.
+        messages: Key of the conversation; None ignores a column of the name ``messages``.
+        response: Key of the given response.
+        answer: Key of the reference answer.
+    """
+
+    prompt: str | None = "prompt"
+    messages: str | None = "messages"
+    response: str | None = "response"
+    answer: str | None = "answer"
+
+
+PLAIN = RowKeys()
+
+
+def canonical(row: Mapping[str, Any], keys: RowKeys, where: str) -> dict[str, Any]:
+    """The row under the library's own key names, with a last assistant message moved to ``response``.
+
+    Applying it twice (with default keys the second time) changes nothing more.
+
+    Args:
+        row: A row as read.
+        keys: Names of its keys.
+        where: What to call the row in errors, e.g. ``"train.jsonl line 7"``.
+
+    Raises:
+        ValueError: If a key that was named is missing, there is neither prompt nor messages, there are both,
+            or messages have the wrong shape.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: a row must be a mapping of keys to values, got {type(row).__name__}.")
+    out = dict(row)
+    for name in ("prompt", "messages", "response", "answer"):
+        key: str | None = getattr(keys, name)
+        if key == name:
+            continue
+        out.pop(name, None)
+        if key is not None:
+            if key not in row:
+                raise ValueError(
+                    f"{where}: key {key!r} (named by {name}_key) is missing; the row has {sorted(row)}."
+                )
+            out[name] = row[key]
+    for name in ("prompt", "messages"):
+        if out.get(name, 0) is None:  # tables keep absent values as None
+            del out[name]
+    if "prompt" in out and "messages" in out:
+        raise ValueError(
+            f"{where}: the row has both 'prompt' and 'messages'; set prompt_key or messages_key to null "
+            "to choose."
+        )
+    if "messages" in out:
+        out["messages"] = _checked_messages(out["messages"], where)
+        if out["messages"][-1]["role"] == "assistant":
+            out.setdefault("response", out["messages"][-1]["content"])
+            out["messages"] = out["messages"][:-1]
+    elif "prompt" not in out:
+        raise ValueError(
+            f"{where}: neither 'prompt' nor 'messages' is among the row's keys {sorted(row)}; "
+            "name one with prompt_key or messages_key."
+        )
+    elif not isinstance(out["prompt"], str):
+        raise ValueError(f"{where}: 'prompt' must be a string, got {type(out['prompt']).__name__}.")
+    return out
+
+
+def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    shape = "a non-empty list of {'role': …, 'content': …}"
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"{where}: 'messages' must be {shape}, got {messages!r:.80}.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where}: messages[{i}] is {message!r:.80}; 'messages' must be {shape}.")
+    return [dict(m) for m in messages]
