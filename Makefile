@@ -32,7 +32,7 @@ BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 # index is asked as well: its 2.x.y+cpu outranks PyPI's 2.x.y. Where that index cannot be reached, pip says so and
 # goes on. `make TORCH_INDEX= test` leaves it out.
 ifeq ($(shell uname -s)-$(shell command -v nvidia-smi),Linux-)
-TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 30
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
 endif
 
 # The repository root must stay off sys.path: its kernels/ would shadow a package of that name.
@@ -50,11 +50,12 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv with the tested versions
 
-# torch first and pinned, so that nothing else decides which build comes; setuptools with it, to build without a download.
+# torch first, pinned and alone, so that nothing else decides which build comes and only it is looked for in the extra
+# index; setuptools with it, to build without a download.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH_INDEX) -c constraints.txt torch setuptools
+	$(PIP) install --quiet --no-deps $(TORCH_INDEX) -c constraints.txt torch setuptools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -81,9 +82,8 @@ unit: $(READY)  ## pytest, WORKERS=2 processes of one thread; PYTEST_ARGS='-k na
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 wheel: $(READY)  ## sdist, the wheel from it, and what a clean environment finds in that
-	rm -rf build dist
-	$(PY) -m build --no-isolation --outdir dist . > build.log 2>&1 || { cat build.log >&2; exit 1; }
-	@rm -f build.log
+	rm -rf build dist && mkdir build
+	$(PY) -m build --no-isolation --outdir dist . > build/log 2>&1 || { cat build/log >&2; exit 1; }
 	$(PY) tools/check_wheel.py dist
 
 gpu: $(READY)  ## tests marked gpu, then every benchmark, on a CUDA device
@@ -99,5 +99,5 @@ constraints: $(READY)  ## write constraints.txt from what .venv holds
 	@touch $(STAMP)
 
 clean:  ## remove build outputs and caches; .venv stays
-	rm -rf build dist build.log src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

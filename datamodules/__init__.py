@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
-    from lightning_onpolicy.datamodules.sources import GymSource as GymSource
+    from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
 
 __getattr__, __dir__, __all__ = attach(
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = attach(
         "EvaluationLoader": "loader",
         "FileSource": "sources",
         "Group": "batch",
-        "GymSource": "sources",
+        "GymSource": "gym",
         "OnPolicyDataModule": "onpolicy",
         "Prompt": "batch",
         "PromptStream": "prompts",

@@ -12,7 +12,7 @@ from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.loader import EvaluationLoader, RolloutLoader, RolloutMaker, text_completion
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
-from lightning_onpolicy.datamodules.sources import Source
+from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.rewards.base import Reward
 
 

@@ -9,7 +9,7 @@ from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, co
 from lightning_onpolicy.datamodules.loader import text_completion
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.datamodules.prompts import PromptStream
-from lightning_onpolicy.datamodules.sources import Source
+from lightning_onpolicy.datamodules.rows import Source
 
 
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from lightning_onpolicy.kernels import TeacherHead, linear_log_prob, reference, token_stats
+from lightning_onpolicy.kernels import (
+    TeacherHead,
+    head_logits,
+    linear_log_prob,
+    reference,
+    sweep,
+    token_stats,
+)
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS, STUDENT_OUTPUTS, TEACHER_OUTPUTS
 
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in METRIC_OUTPUTS)
@@ -216,3 +225,27 @@ def test_linear_log_prob_is_token_stats(make):
     case = make()
     got = linear_log_prob(case.hidden, case.weight, case.targets, temperature=0.5)
     close([got], [(case.hidden @ case.weight.T / 0.5).log_softmax(1).gather(1, case.targets[:, None])[:, 0]])
+
+
+def test_half_precision_products_with_float32_sums(make, grads, small_tiles, monkeypatch):
+    """The accelerators' path with its product emulated: bfloat16 operands, float32 logits and sums of products."""
+    module = importlib.import_module("lightning_onpolicy.kernels.token_stats")
+
+    def multiply(out, a, b, *, add=False):
+        product = a.float() @ b.float()
+        out.copy_(out.float() + product if add else product)
+
+    monkeypatch.setattr(module, "operand_dtype", lambda *args, **kwargs: torch.bfloat16)
+    monkeypatch.setattr(head_logits, "multiply", multiply)
+    monkeypatch.setattr(sweep, "multiply", multiply)
+    features = {"bias": True, "temperature": "rows", "soft_cap": 5.0, "logit_scale": 0.7}
+    case = make(N=11, V=60, H=32, spread=0.5, **features).to(torch.bfloat16)
+    exact_case = case.to(torch.float64)
+    got = case.run(token_stats, DIFFERENTIABLE, budget_bytes=0)
+    exact = exact_case.run(reference.token_stats, DIFFERENTIABLE)
+    for name in DIFFERENTIABLE:
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name].double(), exact[name], atol=2e-5, rtol=1e-5)
+    for mine, truth in zip(grads(case, got), grads(exact_case, exact), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert float((mine.double() - truth).abs().max()) < 1.5e-2 * float(truth.abs().max())

@@ -79,7 +79,7 @@ def train(module: OnPolicyModule, steps: int, tau: float = 1.0, lr: float = 0.03
     ],
 )
 def test_the_student_reaches_its_teacher(objective: str, settings: dict[str, float]) -> None:
-    """From more than 1 nat to a twentieth, in 80 steps. Catches: whatever makes the pieces right alone and wrong together."""
+    """From more than 1 nat to a twentieth, in 80 steps. Catches: pieces right alone, wrong together."""
     student, teacher = world.tiny(0, V), world.tiny(1, V)
     tau = settings.get("temperature", 1.0)
     before = distance(student, teacher, tau)

@@ -73,6 +73,22 @@ def test_rows_with_an_unknown_sampler_are_refused_by_the_sampled_form_alone() ->
     loss, gradient = world.step(exact, exact.prepare(batch))
     assert bool(loss.isfinite())
     assert bool(world.flat(gradient).isfinite().all())
+    out = exact.loss(batch, world.counts(batch))
+    for name, value in {**out.means, **out.maxima}.items():
+        assert bool(value.isfinite().all()), name
+
+
+def test_sequences_longer_than_the_teacher_takes_are_refused() -> None:
+    """Catches: an index error deep in the teacher, or positions that wrap around."""
+    with pytest.raises(ValueError, match=r"teacher takes 6"):
+        module(teacher=world.tiny(1, V, n_positions=6)).prepare(drawn())
+
+
+def test_one_live_model_cannot_be_student_and_teacher() -> None:
+    """Freezing the teacher would freeze the student. Catches: a student that silently cannot learn."""
+    both = world.tiny(0, V)
+    with pytest.raises(ValueError, match=r"(?i)teacher"):
+        world.distill(both, both, "reverse_kl")
 
 
 def with_vocabulary(seed: int, names: list[str], **kwargs: Any) -> Policy:
@@ -222,3 +238,8 @@ def test_the_self_test_looks_at_trained_tokens_and_at_its_tolerance() -> None:
         self_test(logq, off, batch, tolerance=0.1)
     with pytest.raises(ValueError, match=r"(?i)order"):
         self_test(off, logq, batch, tolerance=0.1)
+    wrong = logq.clone()
+    wrong[where[0], where[1]] = float("nan")
+    for pair in ((logq, wrong), (wrong, logq)):
+        with pytest.raises(ValueError, match=r"(?i)finite|order"):
+            self_test(*pair, batch, tolerance=0.3)
