@@ -42,9 +42,10 @@ class PromptStream(Iterator[Prompt]):
             tokenizer lacks, or ``system`` or ``chat_options`` come without ``chat``; while iterating, if a
             row is unusable (the message names it) or all rows are over-long.
 
-    Example:
-        >>> rows = [{"prompt": "1+1="}, {"prompt": "2+2="}]  # doctest: +SKIP
-        >>> PromptStream(rows, tokenizer, chat=False, shuffle=False).take(3)  # doctest: +SKIP
+    By hand::
+
+        stream = PromptStream([{"prompt": "1+1="}, {"prompt": "2+2="}], tokenizer, chat=False)
+        prompts = stream.take(3)
     """
 
     def __init__(

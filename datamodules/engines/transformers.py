@@ -52,7 +52,7 @@ class TransformersEngine(RolloutEngine):
     Example:
         >>> from lightning_onpolicy.datamodules import Sampling
         >>> from lightning_onpolicy.modules import ModelSpec
-        >>> engine = TransformersEngine(ModelSpec("onpolicy://student").load())
+        >>> engine = TransformersEngine(ModelSpec("onpolicy://quickstart/models/student").load())
         >>> [group] = engine.generate([[5, 6, 7]], n=2, sampling=Sampling(max_new_tokens=4), seed=0)
         >>> len(group)
         2

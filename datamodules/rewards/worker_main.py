@@ -4,10 +4,9 @@ Started by :class:`~lightning_onpolicy.datamodules.rewards.workers.WorkerPool`. 
 imported here, so that a worker starts in milliseconds.
 
 The wire, over one socket: the parent sends frames, an 8-byte big-endian length and a pickle of ``(token,
-items)``; the child answers one JSON line per item, ``[token, number, score or null, error or null,
-last]``, and
-once, before all, ``{"ready": true}`` or ``{"error": "…"}``. The parent's pickles are trusted; the child's
-lines are not.
+items)``; the child answers one JSON line per item, ``[token, number, score or null, error or null, last]``
+(``last``: it ends after this one), and once, before all, ``{"ready": true}`` or ``{"error": "…"}``. The
+parent's pickles are trusted; the child's lines are not.
 """
 
 from __future__ import annotations

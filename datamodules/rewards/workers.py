@@ -22,7 +22,6 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
 from typing import Any
 
 from lightning_onpolicy.datamodules.rewards.process import WorkerBrokenError, WorkerProcess
@@ -194,7 +193,8 @@ class WorkerPool:
             for worker in self._live:
                 selector.register(worker.wire, worker.interest, worker)
             wait = min((w.expires for w in self._live), default=now) - now
-            events = selector.select(None if wait == inf else max(wait, 0.0)) if self._live else []
+            # Exceptions that another thread raises in this one (a phase's deadline) wait until select returns.
+            events = selector.select(min(max(wait, 0.0), 0.5)) if self._live else []
         for key, _ in events:
             worker = key.data
             try:

@@ -50,9 +50,9 @@ def test_partial_credit_is_kept_or_dropped(reward: GymReward) -> None:
     full, part = reward.score([group(row, answers)])[0]
     assert full == 1
     assert 0 < part < 1
-    strict = GymReward(workers=1)
+    strict = GymReward()
+    strict.pool = reward.pool
     assert strict.score([group(row, answers)]) == [[1.0, 0.0]]
-    strict.close()
 
 
 def test_a_step_of_short_answers_is_cheap(reward: GymReward) -> None:
@@ -81,8 +81,7 @@ def test_answers_are_never_executed(reward: GymReward, task: str, tmp_path: Path
     right, *scores = reward.score([group(row, [str(row["answer"]), *calls])])[0]
     assert not mark.exists()
     assert all(s is not None and s < 0.2 for s in scores)
-    if task != "n_queens":  # which has several right answers, and the row's own among them
-        assert right == 1
+    assert right == 1
     assert not reward.failures
 
 
@@ -100,7 +99,7 @@ def test_answers_are_never_executed(reward: GymReward, task: str, tmp_path: Path
         ("'a'", False),
         ("[1]", False),
         ("x = 1", False),
-        ("ｅval(1)", False),
+        ("\uff45val(1)", False),
     ],
 )
 def test_what_counts_as_a_formula(answer: str, formula: bool) -> None:
@@ -115,7 +114,7 @@ def test_answers_written_as_lists_still_get_their_partial_credit(reward: GymRewa
 def test_a_formula_that_explodes_is_not_scored() -> None:
     row = GymSource({"countdown": {}}, size=1)[0]
     impatient = GymReward(workers=1, deadline_s=1.0)
-    assert impatient.score([group(row, ["9**9**9**9", "1"])]) == [[None, 0.0]]
+    assert impatient.score([group(row, ["9**9**9**9"])]) == [[None]]
     assert impatient.failures == {"timeout": 1}
     impatient.close()
 
