@@ -1,7 +1,9 @@
 """Where on-policy data comes from: prompts, engines, rewards, the rollout loader."""
 
 if not __name__.startswith("lightning_onpolicy."):  # found through the repository root: a second copy of us
-    raise ImportError(f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository.")
+    raise ImportError(
+        f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository."
+    )
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import RolloutBatch as RolloutBatch
     from lightning_onpolicy.datamodules.batch import Sampling as Sampling
     from lightning_onpolicy.datamodules.batch import collate as collate
+    from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
-    from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
 
 __getattr__, __dir__, __all__ = attach(

@@ -21,5 +21,7 @@ def resolve_asset(path: str | Path) -> Path:
         found = Path(str(files("lightning_onpolicy.configs"))) / text.removeprefix(SCHEME)
     if not found.exists():
         beside = sorted(p.name for p in found.parent.glob("*")) if found.parent.is_dir() else []
-        raise FileNotFoundError(f"{text!r} does not exist" + (f"; beside it there are {beside}." if beside else "."))
+        raise FileNotFoundError(
+            f"{text!r} does not exist" + (f"; beside it there are {beside}." if beside else ".")
+        )
     return found

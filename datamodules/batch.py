@@ -226,7 +226,9 @@ class RolloutBatch:
         """
         for name, value in tensors.items():
             if value.shape[:1] != (len(self),):
-                raise ValueError(f"extra[{name!r}] has shape {tuple(value.shape)}; its first dimension must be {len(self)}.")
+                raise ValueError(
+                    f"extra[{name!r}] has shape {tuple(value.shape)}; its first dimension must be {len(self)}."
+                )
         return dataclasses.replace(self, extra={**self.extra, **tensors})
 
     def _map(self, f: Any) -> RolloutBatch:
@@ -284,7 +286,9 @@ def collate(
         response_mask=response_mask,
         sampler_logprobs=logprobs,
         rewards=_flatten(rewards, groups, "rewards"),
-        reward_parts={k: _flatten(v, groups, f"reward_parts[{k!r}]") for k, v in (reward_parts or {}).items()},
+        reward_parts={
+            k: _flatten(v, groups, f"reward_parts[{k!r}]") for k, v in (reward_parts or {}).items()
+        },
         group=torch.tensor([g for g, _, _ in rows]),
         finished=torch.tensor([c.finish != "length" for _, _, c in rows]),
         on_policy=torch.tensor([groups[g].on_policy for g, _, _ in rows]),
@@ -296,12 +300,14 @@ def collate(
     )
 
 
-def _flatten(
-    values: Sequence[Sequence[float | None]] | None, groups: Sequence[Group], name: str
-) -> Tensor:
+def _flatten(values: Sequence[Sequence[float | None]] | None, groups: Sequence[Group], name: str) -> Tensor:
     sizes = [len(g.completions) for g in groups]
     if values is None:
         return torch.full((sum(sizes),), float("nan"))
     if [len(v) for v in values] != sizes:
-        raise ValueError(f"{name} has {[len(v) for v in values]} scores per group; the groups have {sizes} completions.")
-    return torch.tensor([float("nan") if x is None else float(x) for v in values for x in v], dtype=torch.float32)
+        raise ValueError(
+            f"{name} has {[len(v) for v in values]} scores per group; the groups have {sizes} completions."
+        )
+    return torch.tensor(
+        [float("nan") if x is None else float(x) for v in values for x in v], dtype=torch.float32
+    )

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class RolloutMaker:
         group_size: Completions per prompt.
         sampling: How tokens are drawn.
         before: Called before each sampling, e.g. to hand the engine the newest weights.
+        context: Entered around each sampling, e.g. the autocast context that training runs in.
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
 
     Raises:
@@ -59,6 +60,7 @@ class RolloutMaker:
         group_size: int = 4,
         sampling: Sampling | None = None,
         before: Callable[[RolloutEngine], None] | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         deadline_s: float | None = 1800.0,
     ) -> None:
         self.engine = engine
@@ -67,12 +69,14 @@ class RolloutMaker:
         self.weights = {**dict.fromkeys(self.rewards, 1.0), **(weights or {})}
         unknown = sorted(set(self.weights) - set(self.rewards))
         if unknown:
-            raise ValueError(f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}.")
+            raise ValueError(
+                f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}."
+            )
         if group_size < 1:
             raise ValueError(f"group_size must be >= 1, got {group_size}.")
         self.group_size = group_size
         self.sampling = sampling or Sampling()
-        self.before = before
+        self.before, self.context = before, context
         self.phases = Phases(deadline_s)
 
     def sample(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
@@ -81,7 +85,7 @@ class RolloutMaker:
             return []
         if self.before is not None:
             self.before(self.engine)
-        with self.phases("rollout"):
+        with self.phases("rollout"), self.context():
             drawn = self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
         texts = self.tokenizer.batch_decode(
             [c.ids.tolist() for group in drawn for c in group], skip_special_tokens=True
@@ -97,7 +101,9 @@ class RolloutMaker:
         with self.phases("reward"):
             return {name: reward.score(groups) for name, reward in self.rewards.items()}
 
-    def total(self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]) -> list[list[float | None]]:
+    def total(
+        self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
+    ) -> list[list[float | None]]:
         """The weighted sum of the parts; None where a part with non-zero weight is None, or there is no reward."""
         used = {name: parts[name] for name, weight in self.weights.items() if weight != 0}
         out: list[list[float | None]] = []
@@ -162,11 +168,15 @@ class RolloutLoader:
         on_policy_fraction: float = 1.0,
     ) -> None:
         if prompts_per_batch < 1 or steps < 1:
-            raise ValueError(f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}.")
+            raise ValueError(
+                f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}."
+            )
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {on_policy_fraction}.")
         if on_policy_fraction < 1 and off_policy is None:
-            raise ValueError("on_policy_fraction < 1 needs off_policy: where the other completions come from.")
+            raise ValueError(
+                "on_policy_fraction < 1 needs off_policy: where the other completions come from."
+            )
         self.stream, self.maker = stream, maker
         self.prompts_per_batch, self.steps = prompts_per_batch, steps
         self.seed, self.rank = seed, rank
@@ -208,7 +218,11 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the epoch and in the prompt stream."""
-        return {"batches_made": self.batches_made, "position": self._position, "stream": self.stream.state_dict()}
+        return {
+            "batches_made": self.batches_made,
+            "position": self._position,
+            "stream": self.stream.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
@@ -266,7 +280,11 @@ def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None)
         tokenizer: Encodes it, unless ``ids`` are given.
         ids: Token ids to use as they are.
     """
-    tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    tokens = (
+        list(ids)
+        if ids is not None
+        else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    )
     return Completion(
         torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
     )

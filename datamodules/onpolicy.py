@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
-from lightning_onpolicy.datamodules.loader import EvaluationLoader, RolloutLoader, RolloutMaker, text_completion
+from lightning_onpolicy.datamodules.loader import (
+    EvaluationLoader,
+    RolloutLoader,
+    RolloutMaker,
+    text_completion,
+)
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
-from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.rows import Source
 
 
 class TrainsPolicy(Protocol):
@@ -47,6 +54,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         eval_sampling: How evaluation completions are drawn; default: as in training.
         chat: Render prompts with the tokenizer's chat template.
         system: System message put before each prompt.
+        chat_options: More arguments for the chat template, e.g. ``{enable_thinking: false}``.
         max_prompt_tokens: Longest prompt, in tokens.
         overlong: What happens to longer ones: ``error`` or ``skip``.
         on_policy_fraction: λ of GKD: share of prompts whose completions the policy samples; the rest come from
@@ -76,6 +84,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         eval_sampling: Sampling | None = None,
         chat: bool = True,
         system: str | None = None,
+        chat_options: dict[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         overlong: Literal["error", "skip"] = "error",
         on_policy_fraction: float = 1.0,
@@ -94,7 +103,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.eval_prompts, self.eval_group_size = eval_prompts, eval_group_size
         self.eval_prompts_per_batch = eval_prompts_per_batch
         self.eval_sampling = eval_sampling or self.sampling
-        self.chat, self.system = chat, system
+        self.chat, self.system, self.chat_options = chat, system, chat_options
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
         self.response_key = response_key
@@ -165,6 +174,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.model.tokenizer,
             chat=self.chat,
             system=self.system,
+            chat_options=self.chat_options,
             max_prompt_tokens=self.max_prompt_tokens,
             overlong=self.overlong,
             shuffle=shuffle,
@@ -184,17 +194,26 @@ class OnPolicyDataModule(pl.LightningDataModule):
             group_size=group_size,
             sampling=sampling,
             before=lambda engine: engine.sync(self.model.policy, self.model.policy_version),
+            context=self._autocast,
             deadline_s=self.deadline_s,
         )
         self._makers.append(maker)
         return maker
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Sampling in the precision of training, which loaders run outside of."""
+        if self.trainer is None or self.trainer.precision != "bf16-mixed":
+            return contextlib.nullcontext()
+        return torch.autocast(self.trainer.strategy.root_device.type, dtype=torch.bfloat16)
 
     def _evaluation(self, stage: str) -> EvaluationLoader | list[Any]:
         if self.sources[stage] is None:
             return []
         rank, world = shard_of(self.trainer)
         stream = self._stream(stage, shuffle=False)
-        total = stream.source_size if self.eval_prompts is None else min(self.eval_prompts, stream.source_size)
+        total = (
+            stream.source_size if self.eval_prompts is None else min(self.eval_prompts, stream.source_size)
+        )
         per_rank = -(-total // world)
         prompts = stream.take(per_rank)
         counted = [i * world + rank < total for i in range(per_rank)]
@@ -228,11 +247,10 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.model.tokenizer,
             group_size=self.group_size,
             sampling=self.sampling,
+            context=self._autocast,
             deadline_s=self.deadline_s,
         )
         self._makers.append(maker)
         return lambda prompts, seed: [
             Group(g.prompt, g.completions, on_policy=False) for g in maker.sample(prompts, seed)
         ]
-
-

@@ -92,16 +92,25 @@ class _Watch:
     def _run(self) -> None:
         if self.done.wait(self.deadline_s):
             return
-        with self.lock:  # the block may have ended in between: then nothing must be raised in whatever follows it
+        with (
+            self.lock
+        ):  # the block may have ended in between: then nothing must be raised in whatever follows it
             if self.done.is_set():
                 return
             # The one documented way to raise in another thread (C API). It takes a class, so the class carries
             # the message.
-            error = type("PhaseTimeout", (PhaseTimeout,), {"__str__": lambda _, message=self.message: message})
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), ctypes.py_object(error))
+            error = type(
+                "PhaseTimeout", (PhaseTimeout,), {"__str__": lambda _, message=self.message: message}
+            )
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self.thread_id), ctypes.py_object(error)
+            )
         if self.done.wait(self.grace_s):
             return
-        print(f"{self.message}\nThe main thread did not answer for {self.grace_s:g} s; ending it.", file=sys.stderr)
+        print(
+            f"{self.message}\nThe main thread did not answer for {self.grace_s:g} s; ending it.",
+            file=sys.stderr,
+        )
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(EXIT_CODE)

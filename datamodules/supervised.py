@@ -23,11 +23,15 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
         completions = [text_completion("", tokenizer, ids=row["response_ids"])]
     else:
         if response_key not in row:
-            raise ValueError(f"row {prompt.uid!r} has no response: key {response_key!r} is not among {sorted(row)}.")
+            raise ValueError(
+                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {sorted(row)}."
+            )
         texts = row[response_key]
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them.")
+            raise ValueError(
+                f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
+            )
         completions = [text_completion(t, tokenizer) for t in texts]
     for c in completions:
         if max_response_tokens is not None and len(c.ids) > max_response_tokens:
@@ -61,7 +65,9 @@ class SupervisedLoader:
         max_response_tokens: int | None = None,
     ) -> None:
         if prompts_per_batch < 1 or steps < 1:
-            raise ValueError(f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}.")
+            raise ValueError(
+                f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}."
+            )
         self.stream, self.tokenizer = stream, tokenizer
         self.prompts_per_batch, self.steps = prompts_per_batch, steps
         self.response_key, self.max_response_tokens = response_key, max_response_tokens
@@ -148,5 +154,3 @@ class SupervisedDataModule(OnPolicyDataModule):
             response_key=self.response_key,
             max_response_tokens=self.max_response_tokens,
         )
-
-

@@ -1,5 +1,10 @@
 """Per-token statistics of language-model heads, without ``[tokens, vocab]`` logits; needs torch alone."""
 
+if not __name__.startswith("lightning_onpolicy."):  # found through the repository root: a second copy of us
+    raise ImportError(
+        f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository."
+    )
+
 from lightning_onpolicy.kernels import reference
 from lightning_onpolicy.kernels.heads import LogProbHead, linear_log_prob
 from lightning_onpolicy.kernels.spec import TeacherHead, TokenStats, TopK

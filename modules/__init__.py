@@ -1,7 +1,9 @@
 """Methods: each a thin LightningModule over pure functions."""
 
 if not __name__.startswith("lightning_onpolicy."):  # found through the repository root: a second copy of us
-    raise ImportError(f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository.")
+    raise ImportError(
+        f"import this as lightning_onpolicy.{__name__}: set PYTHONSAFEPATH=1 or leave the repository."
+    )
 
 from typing import TYPE_CHECKING
 

@@ -40,5 +40,3 @@ def aggregate(loss_N: Tensor, mask_BT: Tensor, counts: Counts, reduction: Reduct
     per_row = mask_BT[:, 1:].sum(1)
     weight_BT = (1.0 / per_row.clamp(min=1))[:, None].expand_as(mask_BT[:, 1:])
     return (loss_N * weight_BT[mask_BT[:, 1:]].to(loss_N.dtype)).sum() / counts.sequences
-
-

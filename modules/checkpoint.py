@@ -25,13 +25,15 @@ class LeanCheckpoint(pl.LightningModule):
         return {}
 
     def _unsaved(self) -> set[str]:
-        names = {f"{attribute}.{key}" for attribute, m in self.frozen_modules().items() for key in m.state_dict()}
+        names = {
+            f"{attribute}.{key}" for attribute, m in self.frozen_modules().items() for key in m.state_dict()
+        }
         policy = getattr(self, "policy", None)
         if policy is not None and policy.has_adapters:
             names |= {f"policy.{name}" for name in policy.frozen_names()}
         return names
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All tensors but the frozen ones."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
@@ -39,7 +41,9 @@ class LeanCheckpoint(pl.LightningModule):
             state.pop(prefix + name, None)
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load; every tensor that trains must be there and fit.
 
         Raises:

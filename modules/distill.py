@@ -47,7 +47,7 @@ class OnPolicyDistill(OnPolicyModule):
             student's own weights with adapters off. The student's path makes its earlier self the teacher.
         objective: The divergence, named by its gradient (see ``losses/divergence.py``).
         beta: Weight of the teacher in the mixture of ``jsd``, in (0, 1).
-        alpha: Skew of ``skew_forward_kl`` and ``skew_reverse_kl``, in [0, 1).
+        alpha: Skew of ``skew_forward_kl`` and ``skew_reverse_kl``, in (0, 1).
         gamma: Discount of later tokens' scores in ``sampled_reverse_kl``, in [0, 1].
         max_weight: Truncates importance weights of ``sampled_reverse_kl``; null leaves them.
         temperature: Of student and teacher; must equal the sampling temperature.
@@ -82,7 +82,12 @@ class OnPolicyDistill(OnPolicyModule):
         super().__init__(student, optimizer, scheduler, loop)
         _check(objective in get_args(DistillLoss), "objective", objective, f"one of {get_args(DistillLoss)}")
         _check(0 < beta < 1, "beta", beta, "in (0, 1); its ends are forward_kl and reverse_kl")
-        _check(0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
+        _check(
+            0 < alpha < 1,
+            "alpha",
+            alpha,
+            "in (0, 1); at 0 the skews are forward_kl and reverse_kl, at 1 they vanish",
+        )
         _check(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
         _check(gamma == 0 or objective == "sampled_reverse_kl", "gamma", gamma, "0 unless sampled_reverse_kl")
         _check(temperature > 0, "temperature", temperature, "> 0")
@@ -97,6 +102,12 @@ class OnPolicyDistill(OnPolicyModule):
         self.teacher: Policy | None = None
         self.teacher_spec: ModelSpec | Literal["base"] | None = None
         if isinstance(teacher, Policy):
+            _check(
+                teacher is not student,
+                "teacher",
+                "the student itself",
+                "a copy: freezing it would freeze the student",
+            )
             self.teacher = teacher.requires_grad_(False).eval()
         else:
             self.teacher_spec = "base" if teacher == "base" else ModelSpec.of(teacher)
@@ -127,7 +138,9 @@ class OnPolicyDistill(OnPolicyModule):
         if isinstance(self.teacher_spec, ModelSpec):
             self.teacher = FrozenPolicy.load(self.teacher_spec)
         if self.teacher is None:
-            _check(self.policy.has_adapters, "teacher", "base", "a model, unless the student has lora adapters")
+            _check(
+                self.policy.has_adapters, "teacher", "base", "a model, unless the student has lora adapters"
+            )
         else:
             check_compatible(self.policy, self.teacher, self.on_mismatch)
 
@@ -149,7 +162,12 @@ class OnPolicyDistill(OnPolicyModule):
         if not self._tested:
             rows = list(range(min(len(batch), 8)))
             probe, reverse = batch.select(rows, trim=False), batch.select(rows[::-1], trim=False)
-            self_test(self._teacher_logp(probe), self._teacher_logp(reverse).flip(0), probe, self.self_test_tolerance)
+            self_test(
+                self._teacher_logp(probe),
+                self._teacher_logp(reverse).flip(0),
+                probe,
+                self.self_test_tolerance,
+            )
             self._tested = True
         return batch
 
@@ -158,7 +176,9 @@ class OnPolicyDistill(OnPolicyModule):
         how = batch.sampling
         if how is not None and bool(batch.on_policy.any()):
             tau = how.temperature
-            _check(tau == self.temperature, "temperature", self.temperature, f"the sampling temperature, {tau}")
+            _check(
+                tau == self.temperature, "temperature", self.temperature, f"the sampling temperature, {tau}"
+            )
             _check(
                 not (sampled and how.truncates),
                 "objective",
@@ -167,7 +187,9 @@ class OnPolicyDistill(OnPolicyModule):
                 "importance weights would be wrong",
             )
         if sampled and not bool(batch.on_policy.all()):
-            raise ValueError("sampled_reverse_kl needs rows the student sampled: set on_policy_fraction to 1.")
+            raise ValueError(
+                "sampled_reverse_kl needs rows the student sampled: set on_policy_fraction to 1."
+            )
         limit = None if self.teacher is None else self.teacher.max_positions
         if limit is not None and batch.input_ids.shape[1] > limit:
             raise ValueError(
@@ -218,9 +240,7 @@ class OnPolicyDistill(OnPolicyModule):
     def _sampled(self, micro: RolloutBatch, head: TeacherHead) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = micro.response_mask
         logq_N = self._logq(micro, head)
-        stats = self.policy(
-            micro.input_ids, mask, outputs=("logp", "entropy"), temperature=self.temperature
-        )
+        stats = self.policy(micro.input_ids, mask, outputs=("logp", "entropy"), temperature=self.temperature)
         score_BT = scatter(logq_N - stats.logp.detach(), mask)
         advantage_N = return_to_go(score_BT, _graded(mask), self.gamma)[:, 1:][mask[:, 1:]]
         logmu_N = micro.sampler_logprobs[:, 1:][mask[:, 1:]]

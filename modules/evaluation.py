@@ -32,8 +32,9 @@ class RolloutEvaluation(pl.LightningModule):
         """Further per-token values ``[N]`` to report the mean of, e.g. divergences to a teacher."""
         return {}
 
-    def _micro_batches(self, batch: RolloutBatch, budget: int) -> list[RolloutBatch]:
-        raise TypeError("RolloutEvaluation is a mixin of OnPolicyModule.")
+    def evaluation_pieces(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """The batch, cut so that each piece fits into memory; equally many pieces on all ranks."""
+        return [batch]
 
     def _start(self) -> None:
         self._tables = _Tables(RolloutMetrics().to(self.device))
@@ -42,7 +43,7 @@ class RolloutEvaluation(pl.LightningModule):
         assert self._tables is not None
         self._tables.rollouts.update(batch)
         with torch.no_grad():
-            for micro in self._micro_batches(batch, self.loop.micro_batch_tokens):  # type: ignore[attr-defined]
+            for micro in self.evaluation_pieces(batch):
                 mask = micro.response_mask
                 for name, value_N in self.evaluate(micro).items():
                     metric = self._tables.tokens.setdefault(name, WeightedMean(name).to(self.device))

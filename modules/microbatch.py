@@ -38,5 +38,7 @@ def split_minibatches(rows: int, parts: int) -> list[list[int]]:
         ValueError: If there are fewer rows than parts.
     """
     if not 1 <= parts <= rows:
-        raise ValueError(f"minibatches={parts} cannot be cut from {rows} rows: lower it or sample more rollouts.")
+        raise ValueError(
+            f"minibatches={parts} cannot be cut from {rows} rows: lower it or sample more rollouts."
+        )
     return [list(range(start, rows, parts)) for start in range(parts)]

@@ -130,6 +130,13 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
     def build(self) -> None:
         """Add a method's other models. Called once, after the policy is there and before sharding."""
 
+    def train(self, mode: bool = True) -> OnPolicyModule:
+        """Set the mode of what trains; frozen models stay in eval mode."""
+        super().train(mode)
+        for frozen in self.frozen_modules().values():
+            frozen.eval()
+        return self
+
     def sharded_models(self) -> Iterator[nn.Module]:
         """Models that FSDP2 shards, each as a tree of its own."""
         yield self.policy
@@ -242,7 +249,9 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
         trained = batch.response_mask[:, 1:].any(1)
         lengths = (batch.lengths * trained).tolist()
         micros = [batch.select(rows) for rows in cut_micro_batches(lengths, budget)]
-        count = parallel.reduce_ranks(self.trainer, torch.tensor(float(len(micros)), device=self.device), "max")
+        count = parallel.reduce_ranks(
+            self.trainer, torch.tensor(float(len(micros)), device=self.device), "max"
+        )
         if int(count) > len(micros):
             row = batch.select([0])
             width = min(2, row.input_ids.shape[1])
@@ -256,6 +265,10 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
             )
             micros += [empty] * (int(count) - len(micros))
         return micros
+
+    def evaluation_pieces(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """Micro-batches of the loop's token budget."""
+        return self._micro_batches(batch, self.loop.micro_batch_tokens)
 
     def _counts(self, batch: RolloutBatch) -> Counts:
         mask = batch.response_mask[:, 1:]
@@ -272,17 +285,22 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
         schedule = self.lr_schedulers()
         if schedule is not None and not isinstance(schedule, list):
             for _ in range(self.loop.updates * self.loop.minibatches):
-                schedule.step()  # type: ignore[call-arg]
+                schedule.step()
 
     # -- metrics ----------------------------------------------------------------------------------
 
-    def mismatch_metrics(self, micro: RolloutBatch, logp_N: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def mismatch_metrics(
+        self, micro: RolloutBatch, logp_N: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Means and maxima that describe p/μ on the micro-batch's on-policy tokens (``[N]`` as ``logp_N``)."""
         mask = micro.response_mask[:, 1:]
         own = micro.on_policy[:, None].expand_as(mask)[mask]
         values = mismatch(logp_N.detach()[own], micro.sampler_logprobs[:, 1:][mask][own])
         means = {f"mismatch_{k}": v for k, v in values.items() if k != "log_ratio_abs"}
-        return means, {"mismatch_max_ratio": values["ratio"], "mismatch_max_log_ratio": values["log_ratio_abs"]}
+        return means, {
+            "mismatch_max_ratio": values["ratio"],
+            "mismatch_max_log_ratio": values["log_ratio_abs"],
+        }
 
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """What the rollouts themselves say, over all ranks: reward and its parts, length, truncation."""
@@ -307,7 +325,10 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
         if "mismatch_ratio_sq" in values:
             values["mismatch_ess"] = values["mismatch_ratio"] ** 2 / values.pop("mismatch_ratio_sq")
         self.log_dict(
-            {f"{stage}/{k}": v for k, v in values.items()}, batch_size=len(batch), on_step=True, on_epoch=False
+            {f"{stage}/{k}": v for k, v in values.items()},
+            batch_size=len(batch),
+            on_step=True,
+            on_epoch=False,
         )
         for key, label in self.progress_bar_metrics().items():
             if key in values:
@@ -316,4 +337,3 @@ class OnPolicyModule(RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
     def progress_bar_metrics(self) -> Mapping[str, str]:
         """Metrics shown in the progress bar, with their labels there."""
         return {"loss": "loss", "reward": "reward"}
-

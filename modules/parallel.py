@@ -6,7 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+)
 from torch import Tensor, nn
 
 
@@ -46,7 +51,9 @@ def refuse_unfit(trainer: Any) -> None:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise ValueError("DeepSpeed is not supported: use DDP or ModelParallelStrategy (FSDP2) instead.")
     if trainer.precision == "16-mixed":
-        raise ValueError("precision=16-mixed scales losses, which clipping here does not undo: use bf16-mixed.")
+        raise ValueError(
+            "precision=16-mixed scales losses, which clipping here does not undo: use bf16-mixed."
+        )
 
 
 def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:
@@ -66,7 +73,10 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         return []
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    largest: nn.ModuleList = max(
+        lists, key=lambda blocks: sum(p.numel() for p in nn.Module.parameters(blocks))
+    )
+    return list(largest)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

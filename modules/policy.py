@@ -48,7 +48,9 @@ class LoraSpec:
         if self.r < 1:
             raise ValueError(f"lora.r must be >= 1, got {self.r}.")
         if "lm_head" in self.target_modules:
-            raise ValueError("lora.target_modules names lm_head: adapters on the output head are not supported.")
+            raise ValueError(
+                "lora.target_modules names lm_head: adapters on the output head are not supported."
+            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class ModelSpec:
         if not self.path:
             raise ValueError("a model's path is empty: give a folder, a hub name or onpolicy://PATH.")
         if self.quantize and self.from_scratch:
-            raise ValueError("quantize and from_scratch exclude each other: random weights have nothing to quantise.")
+            raise ValueError(
+                "quantize and from_scratch exclude each other: random weights have nothing to quantise."
+            )
 
     @classmethod
     def of(cls, value: str | ModelSpec | Mapping[str, Any]) -> ModelSpec:
@@ -156,7 +160,9 @@ class Policy(nn.Module):
         True
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, lora: LoraSpec | None = None, spec: ModelSpec | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, lora: LoraSpec | None = None, spec: ModelSpec | None = None
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.spec = spec
@@ -184,7 +190,7 @@ class Policy(nn.Module):
         if lora is not None:
             self._add_adapters(lora)
         if spec is not None and spec.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_activations(model)
         model.train()
 
     # -- what it is -------------------------------------------------------------------------------
@@ -209,7 +215,9 @@ class Policy(nn.Module):
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ids:
             ids.append(self.tokenizer.eos_token_id)
         if not ids:
-            raise ValueError("neither the generation config nor the tokenizer has an EOS id: set eos_token_id.")
+            raise ValueError(
+                "neither the generation config nor the tokenizer has an EOS id: set eos_token_id."
+            )
         return tuple(int(i) for i in ids)
 
     @property
@@ -297,7 +305,9 @@ class Policy(nn.Module):
     def adapters_off(self) -> Iterator[None]:
         """The base model, as it was before adapters were added; restored also after an exception."""
         if not self.has_adapters:
-            raise ValueError("the policy has no adapters, so its base cannot be seen with adapters off: set lora.")
+            raise ValueError(
+                "the policy has no adapters, so its base cannot be seen with adapters off: set lora."
+            )
         self.model.disable_adapters()
         try:
             yield
@@ -308,7 +318,9 @@ class Policy(nn.Module):
         """Names of parameters that never train (the base under adapters); checkpoints leave them out."""
         return {name for name, p in self.named_parameters() if not p.requires_grad}
 
-    def save_pretrained(self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write weights, tokenizer and generation config as plain transformers (or peft) loads them.
 
         Args:
@@ -335,6 +347,12 @@ class Policy(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spec={dataclasses.asdict(self.spec)}" if self.spec else ""
+
+
+def _recompute_activations(model: Any) -> None:
+    """Activation checkpointing under its name of transformers 5.23 or, before it, the older one."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _logit_scale(config: Any) -> float:

@@ -59,4 +59,5 @@ def gathered_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=options)
+    state: dict[str, Tensor] = dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]
+    return state

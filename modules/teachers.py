@@ -135,7 +135,7 @@ def self_test(logq: Tensor, logq_again: Tensor, batch: RolloutBatch, tolerance: 
     """
     mask = batch.response_mask.clone()
     mask[:, 0] = False
-    if not bool(torch.isfinite(logq[mask]).all()):
+    if not bool(torch.isfinite(torch.stack([logq, logq_again])[:, mask]).all()):
         raise ValueError("the teacher's log-probabilities are not finite: check its weights and dtype.")
     gap = float((logq - logq_again)[mask].abs().max()) if bool(mask.any()) else 0.0
     if gap > tolerance:

@@ -107,7 +107,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     done = subprocess.run(command(whole, student), env=env(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    running = subprocess.Popen(command(broken, student), env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command(broken, student), env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     first = broken / "checkpoints" / "step=8.ckpt"  # two optimizer steps per batch: the fourth of six batches
     deadline = time.monotonic() + 200
     while not first.exists() and time.monotonic() < deadline and running.poll() is None:
@@ -116,15 +118,29 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     running.wait()
     assert first.exists()
     last = max((broken / "checkpoints").glob("step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
-    assert int(last.stem.removeprefix("step=")) < 2 * STEPS, "the run must not have finished before it was killed"
+    assert int(last.stem.removeprefix("step=")) < 2 * STEPS, (
+        "the run must not have finished before it was killed"
+    )
     resumed = subprocess.run(
-        command(broken, student, f"--ckpt_path={last}"), env=env(), capture_output=True, text=True, timeout=280
+        command(broken, student, f"--ckpt_path={last}"),
+        env=env(),
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
 
     name = f"checkpoints/step={2 * STEPS}.ckpt"
     a, b = (torch.load(root / name, weights_only=True) for root in (whole, broken))
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "onpolicy_rng", "global_step", "epoch", "loops"):
+    for key in (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "onpolicy_rng",
+        "global_step",
+        "epoch",
+        "loops",
+    ):
         assert_equal(a[key], b[key], key)
     assert rollouts(whole) == rollouts(broken)
     expected, got = metrics(whole), metrics(broken)

@@ -15,10 +15,12 @@ class Decoder(Protocol):
     """The part of a policy that an in-process engine drives (``modules.Policy`` has it; so may your own model).
 
     ``decode`` is one forward pass with a key-value cache. Every call goes through this method, never straight
-    to a wrapped model, so that FSDP2's hooks run.
+    to a wrapped model, so that FSDP2's hooks run. In-process engines need an ``nn.Module``. ``max_positions`` is the
+    longest sequence the model takes, in tokens, or None.
     """
 
     training: bool
+    max_positions: int | None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

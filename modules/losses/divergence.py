@@ -7,9 +7,9 @@
 | jsd | β·KL(q‖M) + (1−β)·KL(p‖M), M = βq + (1−β)p | (1−β)·p·(log(p/M) − KL(p‖M)) | GKD, eq. 1 |
 | skew_forward_kl | KL(q‖αq + (1−α)p) | −(1−α)·p·(q/M − E_p[q/M]) | DistiLLM, 2402.03898, eq. 4 |
 | skew_reverse_kl | KL(p‖(1−α)q + αp) | – | DistiLLM, eq. 5 |
-| sampled_reverse_kl | −sg(ρ·A)·log p(y), A = Σ_{s≥t} γ^{s−t} (log q − log p)(y_s) | that of reverse_kl in expectation (γ = 0) | Thinking Machines |
+| sampled_reverse_kl | −sg(ρ·A)·log p(y) | that of reverse_kl in expectation (γ = 0) | Thinking Machines |
 
-p student, q teacher, both at the same temperature; y sampled from μ; ρ = p(y)/μ(y); sg = stop-gradient.
+A = Σ_{s≥t} γ^{s−t} (log q − log p)(y_s); p student, q teacher, both at the same temperature; y sampled from μ; ρ = p(y)/μ(y); sg = stop-gradient.
 
 Departures: the interior scale of ``jsd`` is the definition's (β → 0 or 1 vanishes; TRL switches to a KL there);
 ``sampled_reverse_kl`` uses the *current* log p in A where Thinking Machines' reference uses log μ: the two agree
@@ -62,7 +62,9 @@ def sampled_reverse_kl(
     Returns:
         ``[N]`` per-token loss, and metrics ``[N]``: ``importance_weight`` and ``weight_truncated``.
     """
-    weight_N = (logp_N.detach() - logmu_N).clamp(max=20.0).exp()  # exp(20) is beyond any use, inf would be worse
+    weight_N = (
+        (logp_N.detach() - logmu_N).clamp(max=20.0).exp()
+    )  # exp(20) is beyond any use, inf would be worse
     truncated_N = torch.zeros_like(weight_N)
     if max_weight is not None:
         truncated_N = (weight_N > max_weight).float()

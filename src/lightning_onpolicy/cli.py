@@ -64,8 +64,8 @@ def _run(args: list[str]) -> None:
 
 def _lightning_cli(args: list[str]) -> Any:
     # Imported here, so that `ls`, `cp` and usage errors answer at once.
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     import lightning_onpolicy.callbacks as callbacks
     import lightning_onpolicy.datamodules as datamodules
@@ -82,7 +82,10 @@ def _lightning_cli(args: list[str]) -> Any:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
 
-    before, sys.argv = sys.argv, ["onpolicy", *args]  # LightningCLI warns when its args differ from sys.argv's
+    before, sys.argv = (
+        sys.argv,
+        ["onpolicy", *args],
+    )  # LightningCLI warns when its args differ from sys.argv's
     try:
         return OnPolicyCLI(
             LightningModule,
@@ -140,7 +143,9 @@ def check_checkpoint(path: str | None) -> None:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--ckpt_path {path!r} is not a readable checkpoint ({reason}). Nothing was changed.") from None
+        raise ValueError(
+            f"--ckpt_path {path!r} is not a readable checkpoint ({reason}). Nothing was changed."
+        ) from None
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"--ckpt_path {path!r} is not a Lightning checkpoint: it has no state_dict.")
 

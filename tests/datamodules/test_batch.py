@@ -63,7 +63,14 @@ def test_select_reorders_trims_and_slices_extras() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_k", -2), ("min_p", 1), ("max_new_tokens", 0), ("min_new_tokens", 999)],
+    [
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_k", -2),
+        ("min_p", 1),
+        ("max_new_tokens", 0),
+        ("min_new_tokens", 999),
+    ],
 )
 def test_sampling_names_the_key_that_is_wrong(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"sampling.{key} must be"):

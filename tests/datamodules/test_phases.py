@@ -25,7 +25,10 @@ def test_seconds_add_up_per_phase_and_are_taken_once() -> None:
 
 def test_deadline_interrupts_the_phase_by_name() -> None:
     phases = Phases(deadline_s=0.2)
-    with pytest.raises(PhaseTimeout, match=r"phase 'slow' on rank 0 outlived its deadline of 0.2 s"), phases("slow"):
+    with (
+        pytest.raises(PhaseTimeout, match=r"phase 'slow' on rank 0 outlived its deadline of 0.2 s"),
+        phases("slow"),
+    ):
         end = time.monotonic() + 20
         while time.monotonic() < end:
             time.sleep(0.01)

@@ -61,13 +61,17 @@ def run(strategy: str, tie: bool, lora: bool, objective: str = "reverse_kl") -> 
         kind = (
             DDPStrategy(process_group_backend="gloo")
             if strategy == "ddp"
-            else ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, process_group_backend="gloo")
+            else ModelParallelStrategy(
+                data_parallel_size=world, tensor_parallel_size=1, process_group_backend="gloo"
+            )
         )
     module = OnPolicyDistill(
         student(tie, lora),
         toys.policy(1, hidden=48, scale=3.0, num_attention_heads=4),
         objective=objective,  # type: ignore[arg-type]
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.02 if lora else 0.5),  # adapters have steep gradients
+        optimizer=lambda params: torch.optim.SGD(
+            params, lr=0.02 if lora else 0.5
+        ),  # adapters have steep gradients
         loop=LoopSpec(micro_batch_tokens=24, max_grad_norm=None, minibatches=1),
     )
     trainer = pl.Trainer(

@@ -31,7 +31,9 @@ def tokenizer(words: int = WORDS, template: str | None = TEMPLATE) -> Any:
     return out
 
 
-def llama(seed: int = 0, *, vocab: int = 32, hidden: int = 32, tie: bool = True, scale: float = 1.0, **config: Any) -> Any:
+def llama(
+    seed: int = 0, *, vocab: int = 32, hidden: int = 32, tie: bool = True, scale: float = 1.0, **config: Any
+) -> Any:
     """A random Llama of two layers; ``vocab`` may exceed the tokenizer's (padded rows)."""
     torch.manual_seed(seed)
     settings = {
@@ -71,7 +73,13 @@ def save_model(folder: Any, seed: int = 0, **config: Any) -> str:
 
 
 def batch(
-    seed: int = 0, *, groups: int = 3, size: int = 2, max_prompt: int = 5, max_response: int = 7, version: int = 0
+    seed: int = 0,
+    *,
+    groups: int = 3,
+    size: int = 2,
+    max_prompt: int = 5,
+    max_response: int = 7,
+    version: int = 0,
 ) -> RolloutBatch:
     """Random ragged rollouts with random sampler log-probabilities."""
     g = torch.Generator().manual_seed(seed)

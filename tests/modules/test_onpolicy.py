@@ -41,7 +41,9 @@ def fit(module: pl.LightningModule, batches: list[RolloutBatch], **kwargs: Any) 
 
 
 def distill(**kwargs: Any) -> OnPolicyDistill:
-    return OnPolicyDistill(toys.policy(0, scale=2.0), toys.policy(1, hidden=48, scale=2.0), optimizer=sgd, **kwargs)
+    return OnPolicyDistill(
+        toys.policy(0, scale=2.0), toys.policy(1, hidden=48, scale=2.0), optimizer=sgd, **kwargs
+    )
 
 
 def weights(module: Any) -> dict[str, torch.Tensor]:

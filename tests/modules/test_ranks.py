@@ -38,14 +38,18 @@ def two_ranks(tmp_path: Path, strategy: str, tie: str, lora: str, objective: str
         ("fsdp2", "untie", "lora", "reverse_kl"),
     ],
 )
-def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, tie: str, lora: str, objective: str) -> None:
+def test_two_ranks_equal_one_process(
+    tmp_path: Path, strategy: str, tie: str, lora: str, objective: str
+) -> None:
     """Catches: a mean over ranks of per-rank means, a lost micro-batch, an ungathered head."""
     one = ranks.run("auto", tie == "tie", lora == "lora", objective)
     start = ranks.student(tie == "tie", lora == "lora").state_dict()
     two = two_ranks(tmp_path, strategy, tie, lora, objective)
     moved = 0.0
     for name, value in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["weights"][name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
         moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 1e-3, "the test's step must move the weights by far more than the tolerance"
     for name, value in one["metrics"].items():
