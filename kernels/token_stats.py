@@ -79,8 +79,9 @@ def token_stats(
             not the KLs, which are outputs of their own.
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
         budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
-            pass while the budget lasts and recomputed past it. The workspace itself does not shrink below 4
-            MiB (2**20 float32) per buffer, two to five buffers; its size depends neither on N nor on V.
+            pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
+            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each of two to
+            eight buffers; its size depends neither on N nor on V.
 
     Returns:
         Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
@@ -123,11 +124,13 @@ def token_stats(
     operand = operand_dtype(hidden, weight)
     itemsize = 8 if operand == torch.float64 else 4
     streams = 1 if used is None else 2
-    buffers = 2 * streams + (0 if soft_cap is None else 1)
+    curved = any(name in CURVED for name in names)
+    # Logits and their exponentials; the slope of the cap; mixtures and curves.
+    buffers = 2 * streams + (0 if soft_cap is None else 1) + (3 if curved else 0)
     elements = tile_elements(hidden.device.type, budget_bytes, buffers, itemsize)
     trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     kept = 0
-    if (trained and torch.is_grad_enabled()) or any(name in CURVED for name in names):
+    if (trained and torch.is_grad_enabled()) or curved:
         left = budget_bytes - buffers * elements * itemsize
         kept = kept_columns(hidden.shape[0], size, bytes_left=left, streams=streams, itemsize=itemsize)
     problem = Problem(

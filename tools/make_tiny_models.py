@@ -96,8 +96,8 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
             Recipe("student", 1, 32, 64, steps=2, seed=seed + 1, noisy_steps=2, survival=0.25, batch=16),
         ]
     return [
-        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1000, seed=seed),
-        Recipe("student", 4, 128, 256, steps=1000, seed=seed + 1, noisy_steps=120, survival=0.25),
+        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=950, seed=seed),
+        Recipe("student", 4, 128, 256, steps=950, seed=seed + 1, noisy_steps=120, survival=0.25),
     ]
 
 

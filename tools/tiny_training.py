@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_data import EOS, Item, prompt_ids, shares
 
-MAX_NOISE = 0.5  # of one token: with more, the right one would hide in short answers
+MAX_NOISE = 0.35  # of one token: with more, the right one would hide in short answers
 LOG_EVERY = 100
 
 
@@ -68,8 +68,9 @@ class Noise:
             out[hit] = torch.multinomial(others, 1, generator=generator)[:, 0]
         return out
 
-    def losses(self, logp: torch.Tensor, ids: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-        """Return the expected negative log-probability of the tokens that ``sample`` might draw."""
+    def losses(self, logits: torch.Tensor, ids: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+        """Return the expected cross-entropy of the tokens that ``sample`` might draw for ``ids``."""
+        logp = logits.log_softmax(dim=-1)
         right = logp.gather(-1, ids[..., None])[..., 0]
         sums = (logp @ self.members.T).gather(-1, self.kind[ids][..., None])[..., 0]
         sizes = self.members.sum(dim=1)[self.kind[ids]]
@@ -125,13 +126,6 @@ def draw_batch(pools: Sequence[Pool], counts: Sequence[int], generator: torch.Ge
     return Pool(torch.cat([part.ids for part in parts])[order], prompt_lengths[order], lengths[order])
 
 
-def rate(step: int, recipe: Recipe) -> float:
-    """Return the learning-rate factor of a step: both phases decay to zero, the noisy one from 0.15."""
-    if step >= recipe.steps:
-        return 0.15 * (recipe.steps + recipe.noisy_steps - step) / recipe.noisy_steps
-    return min(1.0, (step + 1) / 30, (recipe.steps - step) / (0.6 * recipe.steps))
-
-
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -143,47 +137,93 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(
-    recipe: Recipe, tokenizer: Any, pools: Sequence[Pool], weights: Sequence[float]
-) -> LlamaForCausalLM:
-    """Train one model: right answers first, then noisy ones if the recipe asks for them."""
-    torch.manual_seed(recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model = build_model(recipe, tokenizer)
-    model.train()
-    noise = Noise(tokenizer, recipe.survival)
-    optimizers = make_optimizers(model)
+def answer_mask(batch: Pool) -> torch.Tensor:
+    """Return where a batch's answers, with their ends of turn, are."""
+    position = torch.arange(batch.ids.shape[1])
+    return (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
+
+
+def run_phase(
+    label: str,
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    draw: Callable[[], Pool],
+    steps: int,
+    decay: float,
+    noise: Noise,
+    generator: torch.Generator,
+) -> None:
+    """Train for ``steps`` steps; the learning rate falls to zero over the last part, ``decay`` of them."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
-    total = recipe.steps + recipe.noisy_steps
-    counts = shares(weights, recipe.batch)
     started, running = time.perf_counter(), 0.0
-    for step in range(total):
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / (0.03 * steps), (steps - step) / (decay * steps))
         for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * rate(step, recipe)
-        batch = draw_batch(pools, counts, generator)
-        position = torch.arange(batch.ids.shape[1])
-        answer = (position >= batch.prompt_lengths[:, None]) & (position < batch.lengths[:, None])
-        noisy = step >= recipe.steps
-        chances = noise.chances(batch.ids, answer) if noisy else torch.zeros(batch.ids.shape)
-        inputs = noise.sample(batch.ids, chances, generator) if noisy else batch.ids
+            group["lr"] = peak * factor
+        batch = draw()
+        answer = answer_mask(batch)
+        chances = noise.chances(batch.ids, answer)
+        inputs = noise.sample(batch.ids, chances, generator)
         model.zero_grad()
         for rows in torch.arange(len(inputs)).chunk(3):  # sorted by length, so little padding is computed
             width = int(batch.lengths[rows].max())
             logits = model(input_ids=inputs[rows, : width - 1], use_cache=False).logits
-            targets = batch.ids[rows, 1:width]
-            losses = noise.losses(logits.log_softmax(dim=-1), targets, chances[rows, 1:width])
-            losses = losses * answer[rows, 1:width]
+            right, part = batch.ids[rows, 1:width], answer[rows, 1:width]
+            losses = noise.losses(logits, right, chances[rows, 1:width]) * part
             # A mean per answer first: else the long answers of a few tasks would outweigh the others.
-            loss = (losses.sum(dim=1) / answer[rows].sum(dim=1)).sum() / len(inputs)
+            loss = (losses.sum(dim=1) / part.sum(dim=1)).sum() / len(inputs)
             torch.autograd.backward(loss)
             running += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             mean = running / (step % LOG_EVERY + 1)
             seconds = time.perf_counter() - started
-            print(f"{recipe.name} step {step + 1}/{total} loss {mean:.4f} {seconds:.0f}s", flush=True)
+            print(f"{label} step {step + 1}/{steps} loss {mean:.4f} {seconds:.0f}s", flush=True)
             running = 0.0
+
+
+@torch.no_grad()
+def flatten(model: LlamaForCausalLM, batch: Pool, noise: Noise, generator: torch.Generator) -> float:
+    """Scale the logits, by the last norm, to fit noisy answers best, and return the factor.
+
+    The most likely tokens stay what they are.  Without this step the first noisy updates, large because the
+    model is sure of itself, would destroy part of what it knows.
+    """
+    answer = answer_mask(batch)
+    chances = noise.chances(batch.ids, answer)
+    logits = model(input_ids=noise.sample(batch.ids, chances, generator)[:, :-1], use_cache=False).logits
+
+    def misfit(factor: float) -> float:
+        losses = noise.losses(factor * logits, batch.ids[:, 1:], chances[:, 1:]) * answer[:, 1:]
+        return float((losses.sum(dim=1) / answer.sum(dim=1)).mean())
+
+    best = min((0.05 * i for i in range(1, 21)), key=misfit)
+    model.model.norm.weight.mul_(best)
+    return best
+
+
+def train(
+    recipe: Recipe, tokenizer: Any, pools: Sequence[Pool], weights: Sequence[float]
+) -> LlamaForCausalLM:
+    """Train one model: on right answers first, then on noisy ones if the recipe asks for them."""
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model = build_model(recipe, tokenizer)
+    model.train()
+    counts = shares(weights, recipe.batch)
+
+    def draw() -> Pool:
+        return draw_batch(pools, counts, generator)
+
+    clean = Noise(tokenizer, 1.0)
+    run_phase(recipe.name, model, make_optimizers(model), draw, recipe.steps, 0.6, clean, generator)
+    if recipe.noisy_steps:
+        noise = Noise(tokenizer, recipe.survival)
+        factor = flatten(model, draw(), noise, generator)
+        print(f"{recipe.name} logits scaled by {factor:.2f}", flush=True)
+        gentle = [torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)]
+        run_phase(f"{recipe.name} noisy", model, gentle, draw, recipe.noisy_steps, 0.5, noise, generator)
     return model

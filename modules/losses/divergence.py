@@ -9,7 +9,8 @@
 | skew_reverse_kl | KL(p‖(1−α)q + αp) | – | DistiLLM, eq. 5 |
 | sampled_reverse_kl | −sg(ρ·A)·log p(y) | that of reverse_kl in expectation (γ = 0) | Thinking Machines |
 
-A = Σ_{s≥t} γ^{s−t} (log q − log p)(y_s); p student, q teacher, both at the same temperature; y sampled from μ; ρ = p(y)/μ(y); sg = stop-gradient.
+A = Σ_{s≥t} γ^{s−t} (log q − log p)(y_s); p student, q teacher, both at the same temperature; y sampled from μ;
+ρ = p(y)/μ(y); sg = stop-gradient.
 
 Departures: the interior scale of ``jsd`` is the definition's (β → 0 or 1 vanishes; TRL switches to a KL there);
 ``sampled_reverse_kl`` uses the *current* log p in A where Thinking Machines' reference uses log μ: the two agree

@@ -72,7 +72,8 @@ def tiny(
 def log_probs(policy: Policy, input_ids: Tensor, tau: float = 1.0) -> Tensor:
     """``[B, T-1, V]`` next-token log-probabilities from plain logits; entry t speaks of token t + 1."""
     n = len(policy.tokenizer)
-    return (policy.model(input_ids).logits[:, :-1, :n] / tau).log_softmax(-1)
+    logits: Tensor = policy.model(input_ids).logits[:, :-1, :n]
+    return (logits / tau).log_softmax(-1)
 
 
 def of_tokens(logp_BTV: Tensor, input_ids: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""Every packaged configuration runs: the quickstart as it is, the others on tiny stand-ins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+import yaml
+
+from lightning_onpolicy._configs import config_root, list_configs
+from lightning_onpolicy.cli import main
+
+ALL = list(list_configs())
+OVERLAYS = [name for name in ALL if "/with_" in name]
+QUICK = [name for name in ALL if name.startswith("quickstart/") and name not in OVERLAYS]
+LARGE = [name for name in ALL if not name.startswith("quickstart/")]
+
+
+def small(tmp_path: Path) -> list[str]:
+    """Flags for one tiny step that writes below ``tmp_path``."""
+    return [
+        "--trainer.fast_dev_run=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+        "--data.init_args.prompts_per_batch=4",
+        "--data.init_args.eval_prompts=4",
+        "--data.init_args.eval_group_size=2",
+    ]
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a file of prompts and responses where quickstart/sft looks for one."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "runs" / "teacher_answers.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"prompt": f"{i}+1+1=", "response": str(i + 2)}) + "\n" for i in range(8)))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_quickstart_configurations_run_as_they_are(name: str, tmp_path: Path, answers: Path) -> None:
+    main(["fit", "-c", name, *small(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_compose_with_the_quickstart(name: str, tmp_path: Path, answers: Path) -> None:
+    main(["fit", "-c", "quickstart/opd", "-c", name, *small(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_other_configurations_run_on_stand_ins(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, teacher and prompts are replaced; everything else is the packaged file."""
+    monkeypatch.chdir(tmp_path)
+    config: dict[str, Any] = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
+    student, teacher = (toys.save_model(tmp_path / n, seed=i) for i, n in enumerate(("student", "teacher")))
+    rows = [{"prompt": f"t{i} t{i + 1}", "response": "t3 t4"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stand_in: dict[str, Any] = {"model": {"init_args": {}}, "data": {"init_args": {}}}
+    for key, path in (("student", student), ("teacher", teacher)):
+        keep = {k: v for k, v in config["model"]["init_args"][key].items() if k in ("lora", "gradient_checkpointing")}
+        stand_in["model"]["init_args"][key] = {"path": path, "tokenizer": path, "dtype": "float32", **keep}
+    stand_in["trainer"] = {"precision": "32-true", "accelerator": "cpu"}
+    stand_in["data"]["init_args"]["train"] = {
+        "class_path": "FileSource",
+        "init_args": {"path": str(tmp_path / "rows.jsonl")},
+    }
+    how = config["data"]["init_args"]["sampling"]
+    stand_in["data"]["init_args"]["sampling"] = {**how, "max_new_tokens": 8}
+    overlay = tmp_path / "stand_in.yaml"
+    overlay.write_text(yaml.safe_dump(stand_in))
+    main(["fit", "-c", name, "-c", str(overlay), *small(tmp_path)])
+
+
+def test_every_configuration_says_what_it_is() -> None:
+    assert {"quickstart/opd", "quickstart/sft", "opd_tml_reasoning"} <= set(ALL)
+    for name, what in list_configs().items():
+        assert len(what) > 20, name
