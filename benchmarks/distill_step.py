@@ -37,44 +37,47 @@ from torch import Tensor
 
 # Under PYTHONSAFEPATH a script's own folder is not on the path.
 sys.path.append(str(Path(__file__).parent))
-from common import PeakMemory, hardware, quantiles, synchronize, write_results  # noqa: E402
-from distill_sides import BUILDERS, SETTINGS, Hooks, Setting, Side  # noqa: E402
+from common import PeakMemory, hardware, quantiles, synchronize, write_results
+from distill_sides import BUILDERS, SETTINGS, Hooks, Setting, Side
 
 SIDES = tuple(BUILDERS)
 Series = dict[str, list[float]]  # by side
 WARM_UP = 2  # steps of each side that are not counted: allocators, thread pools, optimizer state
 
 
+def first_gradient(name: str, setting: Setting, device: str) -> tuple[float, Tensor]:
+    """Loss of a side's first step, and the student's unclipped gradient, flat and in float64."""
+    parts: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        parts.update({k: p.grad.double().cpu().flatten() for k, p in side.model.named_parameters()})
+
+    side = BUILDERS[name](setting, device, 1, Hooks(before_update=keep), None)
+    side.run()
+    return side.loss(), torch.cat([parts[k] for k in sorted(parts)])
+
+
 def agreement(setting: Setting, device: str) -> dict[str, float]:
-    """Loss and gradient of one step from the same weights, unclipped, on both sides.
+    """Loss and gradient of one step from the same weights, on both sides.
 
     Raises:
         ValueError: If the two sides do not compute the same thing.
     """
-    losses, gradients = {}, {}
+    found = {}
     for name in SIDES:
-        found: dict[str, Tensor] = {}
-
-        def keep(found: dict[str, Tensor] = found) -> None:
-            found.update({k: p.grad.float().cpu().clone() for k, p in side.model.named_parameters()})
-
-        side = BUILDERS[name](setting, device, 1, Hooks(before_update=keep), None)
-        side.run()
-        losses[name], gradients[name] = side.loss(), found
-        del side
+        found[name] = first_gradient(name, setting, device)
         _free(device)
-    names = sorted(gradients["ours"])
-    a, b = (torch.cat([gradients[name][k].flatten() for k in names]).double() for name in SIDES)
+    (loss, a), (trl_loss, b) = (found[name] for name in SIDES)
     out = {
-        "loss_ours": losses["ours"],
-        "loss_trl": losses["trl"],
+        "loss_ours": loss,
+        "loss_trl": trl_loss,
         "gradient_cosine": float(torch.dot(a, b) / (a.norm() * b.norm())),
         "gradient_norm_ratio": float(a.norm() / b.norm()),
     }
-    tolerance = 1e-3 if device == "cpu" else 1e-2
-    same_loss = abs(losses["ours"] / losses["trl"] - 1) < tolerance
-    if not (same_loss and out["gradient_cosine"] > 0.999 and abs(out["gradient_norm_ratio"] - 1) < tolerance):
-        raise ValueError(f"the two sides do not take the same step, so that times cannot be compared: {out}")
+    tolerance = 1e-3 if device == "cpu" else 1e-2  # bfloat16 rounds a gradient to 8 bits
+    same_size = max(abs(loss / trl_loss - 1), abs(out["gradient_norm_ratio"] - 1)) < tolerance
+    if not (same_size and out["gradient_cosine"] > 0.999):
+        raise ValueError(f"the two sides do not take the same step, so their times say nothing: {out}")
     return out
 
 

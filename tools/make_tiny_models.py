@@ -97,7 +97,7 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
         ]
     return [
         Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=950, seed=seed),
-        Recipe("student", 4, 128, 256, steps=950, seed=seed + 1, noisy_steps=120, survival=0.25),
+        Recipe("student", 4, 128, 256, steps=950, seed=seed + 1, noisy_steps=60, survival=0.35),
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,8 +152,15 @@ def check_checkpoint(path: str | None) -> None:
 
 
 def _chain(error: BaseException) -> str:
-    """The message, with that of its direct cause."""
+    """The message, with that of its direct cause.
+
+    Where a class refuses its arguments, jsonargparse tells it inside the list of all types it tried and of all
+    settings; only what the class said is kept.
+    """
     message = str(error) or type(error).__name__
+    if "Does not validate against any of the Union subtypes" in message:
+        said = re.findall(r"^\s*- (?!Expected a <class|Does not validate)(.+)$", message, flags=re.MULTILINE)
+        message = "; ".join(dict.fromkeys(said)) or message
     cause = error.__cause__
     return f"{message} (because: {cause})" if cause is not None and str(cause) not in message else message
 

@@ -59,8 +59,12 @@ def test_other_configurations_run_on_stand_ins(name: str, tmp_path: Path, monkey
     """Model, teacher and prompts are replaced; everything else is the packaged file."""
     monkeypatch.chdir(tmp_path)
     config: dict[str, Any] = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
-    student, teacher = (toys.save_model(tmp_path / n, seed=i) for i, n in enumerate(("student", "teacher")))
-    rows = [{"prompt": f"t{i} t{i + 1}", "response": "t3 t4"} for i in range(8)]
+    student, teacher = (toys.save_model(tmp_path / n, seed=i, hidden=128) for i, n in enumerate(("student", "teacher")))
+    named = config["data"]["init_args"]["train"]["init_args"]
+    key, messages = named.get("prompt_key", "prompt"), named.get("messages_key")
+    rows: list[dict[str, Any]] = [{key: f"t{i} t{i + 1}", "response": "t3 t4"} for i in range(8)]
+    if messages:
+        rows = [{messages: [{"role": "user", "content": f"t{i}"}]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stand_in: dict[str, Any] = {"model": {"init_args": {}}, "data": {"init_args": {}}}
     for key, path in (("student", student), ("teacher", teacher)):
