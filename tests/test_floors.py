@@ -44,7 +44,8 @@ def import_all(package):
     def stop(name):
         raise
     root = importlib.import_module(package)
-    names = [m.name for m in pkgutil.walk_packages(root.__path__, package + ".", stop)]
+    # What only worker processes import (…_worker) needs its verifier's package at once.
+    names = [m.name for m in pkgutil.walk_packages(root.__path__, package + ".", stop) if not m.name.endswith("_worker")]
     for name in names:
         importlib.import_module(name)
     return names

@@ -38,7 +38,7 @@ console = Console(width=110)
 def evaluate(
     policy: Policy, prompts: int, k: int, reward: GymReward, temperature: float = 1.0
 ) -> dict[str, float]:
-    """avg@k on held-out items that neither training nor the curves have seen."""
+    """avg@k on held-out items, which no training prompt is among (a hash of the prompt decides)."""
     stream = PromptStream(
         GymSource(TASKS, size=prompts, seed=77, split="heldout"), policy.tokenizer, shuffle=False
     )
@@ -55,7 +55,7 @@ def evaluate(
     return metrics.compute()
 
 
-def write_answers(teacher: Policy, steps: int, reward: GymReward, path: Path) -> None:
+def write_answers(teacher: Policy, steps: int, path: Path) -> None:
     """The teacher's sampled answers to as many training prompts as the on-policy run sees."""
     stream = PromptStream(GymSource(TASKS, size=20000, seed=1, split="train"), teacher.tokenizer, seed=0)
     maker = RolloutMaker(
@@ -159,10 +159,8 @@ def main() -> None:
     )
 
     shape = [
-        "--trainer.limit_train_batches",
-        str(args.steps),
-        "--data.init_args.steps_per_epoch",
-        str(args.steps),
+        f"--data.init_args.steps_per_epoch={args.steps}",
+        f"--trainer.val_check_interval={max(1, args.steps // 5)}",
     ]
     runs = {
         "student + on-policy distillation": ("quickstart/opd", "opd"),
@@ -174,8 +172,8 @@ def main() -> None:
         console.rule(f"{2 + i}  {name}")
         if short == "sft":
             console.print("The teacher answers the training prompts …")
-            write_answers(teacher, args.steps, with_reward["reward"], answers)
-            shape += ["--data.init_args.train.init_args.path", str(answers)]
+            write_answers(teacher, args.steps, answers)
+            shape += [f"--data.init_args.train.init_args.path={answers}"]
         begin = time.perf_counter()
         folder = out / short
         onpolicy(["fit", "-c", config, *shape, *_folders(folder)])

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+# At the top, and so before the worker says it is ready: the import takes seconds, which are no answer's fault. Only
+# worker processes import this module.
+from reasoning_gym import create_dataset
+
 # reasoning-gym 0.1.25: scorers that call eval on the answer, hoping for a Python list.
 LITERAL_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 # … and those that call SymPy's parse_expr on it, which is eval over SymPy's names and all builtins.
@@ -48,8 +52,6 @@ SYMPY_CHARS = re.compile(r"[A-Za-z0-9\s+\-*/^().]*", re.ASCII)
 @functools.cache
 def scorer(task: str, config: str) -> Any:
     """The task's dataset, which knows how to score; ``config`` is JSON."""
-    from reasoning_gym import create_dataset
-
     dataset = create_dataset(task, **{"seed": 0, "size": 1, **json.loads(config)})
     if task in LITERAL_TASKS:
         # There is no public way to tell these scorers not to evaluate: shadow the name in their own module.

@@ -37,7 +37,9 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "runs" / "teacher_answers.jsonl"
     file.parent.mkdir()
-    file.write_text("".join(json.dumps({"prompt": f"{i}+1+1=", "response": str(i + 2)}) + "\n" for i in range(8)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"{i}+1+1=", "response": str(i + 2)}) + "\n" for i in range(8))
+    )
     return file
 
 
@@ -55,11 +57,15 @@ def test_overlays_compose_with_the_quickstart(name: str, tmp_path: Path, answers
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_other_configurations_run_on_stand_ins(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_configurations_run_on_stand_ins(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Model, teacher and prompts are replaced; everything else is the packaged file."""
     monkeypatch.chdir(tmp_path)
     config: dict[str, Any] = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
-    student, teacher = (toys.save_model(tmp_path / n, seed=i, hidden=128) for i, n in enumerate(("student", "teacher")))
+    student, teacher = (
+        toys.save_model(tmp_path / n, seed=i, hidden=128) for i, n in enumerate(("student", "teacher"))
+    )
     named = config["data"]["init_args"]["train"]["init_args"]
     key, messages = named.get("prompt_key", "prompt"), named.get("messages_key")
     rows: list[dict[str, Any]] = [{key: f"t{i} t{i + 1}", "response": "t3 t4"} for i in range(8)]
@@ -68,7 +74,11 @@ def test_other_configurations_run_on_stand_ins(name: str, tmp_path: Path, monkey
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stand_in: dict[str, Any] = {"model": {"init_args": {}}, "data": {"init_args": {}}}
     for key, path in (("student", student), ("teacher", teacher)):
-        keep = {k: v for k, v in config["model"]["init_args"][key].items() if k in ("lora", "gradient_checkpointing")}
+        keep = {
+            k: v
+            for k, v in config["model"]["init_args"][key].items()
+            if k in ("lora", "gradient_checkpointing")
+        }
         stand_in["model"]["init_args"][key] = {"path": path, "tokenizer": path, "dtype": "float32", **keep}
     stand_in["trainer"] = {"precision": "32-true", "accelerator": "cpu"}
     stand_in["data"]["init_args"]["train"] = {
