@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def _lightning_cli(args: list[str]) -> Any:
         for name in package.__all__:
             getattr(package, name)
 
+    _quiet()
+
     class OnPolicyCLI(LightningCLI):
         """LightningCLI with completions written to a file by ``predict``."""
 
@@ -100,6 +103,16 @@ def _lightning_cli(args: list[str]) -> Any:
         )
     finally:
         sys.argv = before
+
+
+def _quiet() -> None:
+    """Leave out other libraries' messages that a user can do nothing about."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar per file of weights
+    # lightning 2.6.6 with torch 2.13; lightning 2.6.6 with jsonargparse 4.49 and later; frozen teachers are in eval mode.
+    for message in (".*LeafSpec.*", ".*was deprecated in v4.49.0.*", r"Found \d+ module\(s\) in eval mode.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:
