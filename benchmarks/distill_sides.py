@@ -109,7 +109,7 @@ def build_rollouts(setting: Setting) -> RolloutBatch:
     prompts = torch.full((setting.rows,), setting.prompt)
     responses = torch.full((setting.rows,), setting.response)
     if setting.ragged:
-        shortest = min(16, setting.prompt), min(8, setting.response)
+        shortest = max(1, setting.prompt // 4), max(1, setting.response // 56)
         prompts = torch.randint(shortest[0], setting.prompt + 1, (setting.rows,), generator=g)
         tail = -torch.rand(setting.rows, generator=g).clamp(min=1e-6).log() * setting.response / 4
         responses = tail.long().clamp(shortest[1], setting.response)

@@ -45,7 +45,8 @@ def import_all(package):
         raise
     root = importlib.import_module(package)
     # What only worker processes import (…_worker) needs its verifier's package at once.
-    names = [m.name for m in pkgutil.walk_packages(root.__path__, package + ".", stop) if not m.name.endswith("_worker")]
+    names = [m.name for m in pkgutil.walk_packages(root.__path__, package + ".", stop)]
+    names = [name for name in names if not name.endswith("_worker")]
     for name in names:
         importlib.import_module(name)
     return names

@@ -5,12 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.metadata
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import lightning_onpolicy
 
@@ -57,8 +59,12 @@ def test_one_version() -> None:
     assert importlib.metadata.version("lightning-onpolicy") == lightning_onpolicy.__version__
 
 
-def test_there_is_an_entry_in_the_changelog_for_this_version() -> None:
-    assert f"## [{lightning_onpolicy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_changelog_opens_with_what_is_unreleased_and_knows_no_later_version() -> None:
+    first, *released = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert first == "Unreleased"
+    versions = [Version(name) for name in released]
+    assert versions == sorted(versions, reverse=True)
+    assert all(version <= Version(lightning_onpolicy.__version__) for version in versions)
 
 
 def test_the_package_links_to_the_root_folders() -> None:
