@@ -5,6 +5,7 @@ Legend: ``B`` sequences, ``P`` and ``R`` tokens of the longest prompt and respon
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def build_rollouts(setting: Setting) -> RolloutBatch:
         prompts[0], responses[0] = setting.prompt, setting.response
     groups = []
     for i, (p, r) in enumerate(zip(prompts.tolist(), responses.tolist(), strict=True)):
-        logps = torch.full((r,), -torch.log(torch.tensor(float(setting.vocab))))
+        logps = torch.full((r,), -math.log(setting.vocab))
         completion = Completion(ids(r), logps, "length")
         groups.append(Group(Prompt(tuple(ids(p).tolist()), "", uid=str(i)), (completion,)))
     return collate(groups, PAD, sampling=Sampling(max_new_tokens=setting.response))

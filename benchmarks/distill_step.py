@@ -4,8 +4,10 @@ Both sides get the same models (a Llama with random weights, tied embeddings; th
 and the same rollouts, and take the same step: teacher forward, student forward, reverse KL over the whole
 vocabulary, token mean over the step, backward, clipping at 1, AdamW. Generation is left out on both sides: TRL
 receives the finished rollouts where it would generate them. Neither checkpoints activations (TRL would by default),
-both compute in the same dtype, and each makes micro-batches its own way from one budget of positions: ours sorts by
-length, TRL splits the batch as it was padded, prompts left and responses right.
+both compute in the same dtype, and each runs its own default implementation of AdamW with the same hyper-parameters.
+Each makes micro-batches its own way from one budget of positions: ours sorts by length, TRL splits the batch as it
+was padded, prompts left and responses right; that is most of the difference where lengths are ragged, and there is
+hardly any to expect where lengths are equal and the vocabulary is small.
 
 `trainer.fit` and `trainer.train` really run, each in a thread of its own, and hand each other the turn after every
 optimizer step; what is timed is the whole turn, with loader, hooks and logging. Before that, one step from the same
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +142,9 @@ def time_steps(setting: Setting, device: str, repeats: int) -> tuple[Series, Ser
     """
     steps = WARM_UP + repeats
     turns = Turns(device, steps)
-    sides = {
-        name: BUILDERS[name](setting, device, steps, Hooks(lambda name=name: turns.hand_over(name)), 1.0)
-        for name in SIDES
-    }
+    sides = {}
+    for name in SIDES:
+        sides[name] = BUILDERS[name](setting, device, steps, Hooks(partial(turns.hand_over, name)), 1.0)
     threads = torch.get_num_threads()
     other = threading.Thread(target=turns.run, args=("trl", sides["trl"], threads))
     other.start()
@@ -206,7 +208,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     ours = [row for row in rows if row["side"] == "ours"]
     names = [row["setting"] for row in ours]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(3 + 1.5 * len(ours), 3.2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(6 + len(ours), 3.2), layout="constrained")
     speed = [row["speedup"] for row in ours]
     spread = [
         [row["speedup"] - row["speedup_p20"] for row in ours],
@@ -215,12 +217,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.bar_label(
         left.bar(names, speed, yerr=spread, capsize=4), fmt="%.2f×", label_type="center", color="white"
     )
-    left.set(title="Speed of a step, TRL = 1", ylabel="times faster")
+    left.set(title="Speed, TRL = 1", ylabel="times faster")
     shares = [row["peak_share_of_trl"] for row in ours]
     right.bar_label(
         right.bar(names, shares, color="tab:orange"), fmt="%.2f", label_type="center", color="white"
     )
-    right.set(title="Peak memory of a step, TRL = 1", ylabel="share")
+    right.set(title="Peak memory, TRL = 1", ylabel="share")
     for axes in (left, right):
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_ylim(bottom=0)

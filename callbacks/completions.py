@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 class CompletionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns (a list of plain rows) to a JSON-lines file, one per rank.
 
+    Rows go to ``PATH.partial``, which becomes ``PATH`` when all are there: an interrupted run never looks complete,
+    and never costs an earlier file.
+
     Args:
         path: The file; default ``completions.jsonl`` in the trainer's root folder. With several ranks the rank is
             put before the suffix.
@@ -24,6 +28,11 @@ class CompletionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.path, self.overwrite = path, overwrite
         self._file: Path | None = None
+
+    @property
+    def _partial(self) -> Path:
+        assert self._file is not None
+        return self._file.with_name(self._file.name + ".partial")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure, before anything is sampled, that the file can be written.
@@ -37,8 +46,8 @@ class CompletionWriter(BasePredictionWriter):
         if file.exists() and not self.overwrite:
             raise FileExistsError(f"{file} exists; set completions.overwrite or another completions.path.")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("")
         self._file = file
+        self._partial.write_text("")
 
     def write_on_batch_end(
         self,
@@ -53,11 +62,12 @@ class CompletionWriter(BasePredictionWriter):
         """Append one batch's rows."""
         if not isinstance(prediction, list):
             raise TypeError(f"predict_step must return a list of rows, got {type(prediction).__name__}.")
-        assert self._file is not None
-        with self._file.open("a", encoding="utf-8") as out:
+        with self._partial.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the completions are."""
+        """Give the file its name, and say where it is."""
+        assert self._file is not None
+        os.replace(self._partial, self._file)
         if trainer.is_global_zero:
             print(f"completions written to {self._file}")

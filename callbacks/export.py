@@ -56,6 +56,7 @@ class ExportHF(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse now what would fail after hours of training."""
+        self._last_step = None
         policy = self._policy(pl_module)
         if policy is None:
             return

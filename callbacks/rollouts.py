@@ -117,6 +117,8 @@ class RolloutLogger(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a training batch."""
+        if isinstance(outputs, dict):  # our modules return the batch with what they added to it
+            batch = outputs.get("batch", batch)
         rollouts = self._log(trainer, batch, "train")
         if rollouts is None or not trainer.is_global_zero or not self.every_n_table:
             return

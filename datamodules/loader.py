@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
@@ -98,7 +98,7 @@ class RolloutMaker:
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
         """Every reward's scores, by name."""
-        with self.phases("reward"):
+        with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
             return {name: reward.score(groups) for name, reward in self.rewards.items()}
 
     def total(
@@ -201,19 +201,22 @@ class RolloutLoader:
     def make(self) -> RolloutBatch:
         """The next batch."""
         seed = derive_seed(self.seed, self.rank, self.batches_made)
+        own = self._own_count()
         self.batches_made += 1
         prompts = self.stream.take(self.prompts_per_batch)
-        own = self._own_count(seed)
         groups = self.maker.sample(prompts[:own], seed)
         if own < len(prompts):
             assert self.off_policy is not None
             groups += self.off_policy(prompts[own:], seed)
         return self.maker.collate(groups)
 
-    def _own_count(self, seed: int) -> int:
-        """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation."""
+    def _own_count(self) -> int:
+        """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation.
+
+        The same on all ranks: where a forward pass is a collective, all must sample or none.
+        """
         wanted = self.on_policy_fraction * self.prompts_per_batch
-        chance = derive_seed("lambda", seed) / 2**63
+        chance = derive_seed("lambda", self.seed, self.batches_made) / 2**63
         return int(wanted) + (chance < wanted - int(wanted))
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,21 +273,3 @@ class EvaluationLoader:
             batch = self.maker.collate(groups)
             counted: Tensor = torch.tensor(self.counted[part])[batch.group]
             yield batch.with_extra(counted=counted)
-
-
-def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None) -> Completion:
-    """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
-
-    Args:
-        text: The response.
-        tokenizer: Encodes it, unless ``ids`` are given.
-        ids: Token ids to use as they are.
-    """
-    tokens = (
-        list(ids)
-        if ids is not None
-        else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    )
-    return Completion(
-        torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
-    )

@@ -9,14 +9,14 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 import torch
 
-from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
+from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
+from lightning_onpolicy.datamodules.given import given_group
 from lightning_onpolicy.datamodules.loader import (
     EvaluationLoader,
     RolloutLoader,
     RolloutMaker,
-    text_completion,
 )
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
 from lightning_onpolicy.datamodules.rewards.base import Reward
@@ -95,7 +95,12 @@ class OnPolicyDataModule(pl.LightningDataModule):
         deadline_s: float | None = 1800.0,
     ) -> None:
         super().__init__()
-        self.sources = {"train": train, "val": val, "test": test or val, "predict": predict or val}
+        self.sources = {
+            "train": train,
+            "val": val,
+            "test": val if test is None else test,
+            "predict": val if predict is None else predict,
+        }
         self.prompts_per_batch, self.group_size = prompts_per_batch, group_size
         self.steps_per_epoch = steps_per_epoch
         self.sampling = sampling or Sampling()
@@ -111,11 +116,16 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.seed, self.deadline_s = seed, deadline_s
         self._makers: list[RolloutMaker] = []
         self._engine: RolloutEngine | None = None
+        self._engine_policy: Any = None
 
     @property
     def model(self) -> TrainsPolicy:
         """The module whose policy samples."""
         module: Any = None if self.trainer is None else self.trainer.lightning_module
+        if module is None:
+            raise RuntimeError(
+                "OnPolicyDataModule samples from its Trainer's module: pass it to a Trainer, or use RolloutMaker."
+            )
         for name in ("policy", "tokenizer"):
             if not hasattr(module, name):
                 raise TypeError(
@@ -123,6 +133,11 @@ class OnPolicyDataModule(pl.LightningDataModule):
                     f"{type(module).__name__} has no {name!r}."
                 )
         return module  # type: ignore[no-any-return]
+
+    def setup(self, stage: str) -> None:
+        """Keep batches out of the Trainer's precision."""
+        assert self.trainer is not None
+        keep_batches(self.trainer)
 
     # -- loaders ----------------------------------------------------------------------------------
 
@@ -136,7 +151,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self._stream("train", shuffle=True),
             self._maker(self.group_size, self.sampling),
             prompts_per_batch=self.prompts_per_batch,
-            steps=self.steps_per_epoch,
+            steps=self.steps_this_run(),
             seed=self.seed,
             rank=rank,
             off_policy=off_policy,
@@ -160,7 +175,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         for maker in self._makers:
             maker.close()
         self._makers.clear()
-        self._engine = None
+        self._engine = self._engine_policy = None
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -184,8 +199,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         )
 
     def _maker(self, group_size: int, sampling: Sampling) -> RolloutMaker:
-        if self._engine is None:
-            self._engine = self.engine_callable(self.model.policy)
+        if self._engine is None or self._engine_policy is not self.model.policy:
+            self._engine, self._engine_policy = self.engine_callable(self.model.policy), self.model.policy
         maker = RolloutMaker(
             self._engine,
             self.model.tokenizer,
@@ -193,12 +208,25 @@ class OnPolicyDataModule(pl.LightningDataModule):
             weights=self.reward_weights,
             group_size=group_size,
             sampling=sampling,
-            before=lambda engine: engine.sync(self.model.policy, self.model.policy_version),
+            before=lambda engine: engine.sync(self.model.policy, self._version()),
             context=self._autocast,
             deadline_s=self.deadline_s,
         )
         self._makers.append(maker)
         return maker
+
+    def _version(self) -> int:
+        """Version of the policy's weights; a module without one counts the Trainer's steps."""
+        assert self.trainer is not None
+        return int(getattr(self.model, "policy_version", self.trainer.global_step))
+
+    def steps_this_run(self) -> int:
+        """Batches per epoch, as far as the Trainer's ``limit_train_batches`` lets it go."""
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(
+            self.steps_per_epoch,
+            limit if isinstance(limit, int) else max(1, int(limit * self.steps_per_epoch)),
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Sampling in the precision of training, which loaders run outside of."""
@@ -207,13 +235,18 @@ class OnPolicyDataModule(pl.LightningDataModule):
         return torch.autocast(self.trainer.strategy.root_device.type, dtype=torch.bfloat16)
 
     def _evaluation(self, stage: str) -> EvaluationLoader | list[Any]:
-        if self.sources[stage] is None:
+        if self.sources[stage] is None and (self.trainer is None or self.trainer.state.fn == "fit"):
             return []
         rank, world = shard_of(self.trainer)
         stream = self._stream(stage, shuffle=False)
         total = (
             stream.source_size if self.eval_prompts is None else min(self.eval_prompts, stream.source_size)
         )
+        if total < 1:
+            raise ValueError(
+                f"data.{stage} has no prompt to evaluate on: eval_prompts is {self.eval_prompts}, max_prompt_tokens "
+                f"{self.max_prompt_tokens} with overlong: {self.overlong}."
+            )
         per_rank = -(-total // world)
         prompts = stream.take(per_rank)
         counted = [i * world + rank < total for i in range(per_rank)]
@@ -229,13 +262,9 @@ class OnPolicyDataModule(pl.LightningDataModule):
     def _dataset_groups(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
         groups = []
         for prompt in prompts:
-            if self.response_key not in prompt.row:
-                raise ValueError(
-                    f"row {prompt.uid!r} has no key {self.response_key!r} (it has {sorted(prompt.row)}): "
-                    "off_policy=dataset takes responses from there."
-                )
-            completion = text_completion(str(prompt.row[self.response_key]), self.model.tokenizer)
-            groups.append(Group(prompt, (completion,) * self.group_size, on_policy=False))
+            given = given_group(prompt, self.model.tokenizer, self.response_key, None).completions
+            chosen = tuple(given[i % len(given)] for i in range(self.group_size))
+            groups.append(Group(prompt, chosen, on_policy=False))
         return groups
 
     def _teacher_groups(self) -> Callable[[Sequence[Prompt], int], list[Group]]:
@@ -254,3 +283,14 @@ class OnPolicyDataModule(pl.LightningDataModule):
         return lambda prompts, seed: [
             Group(g.prompt, g.completions, on_policy=False) for g in maker.sample(prompts, seed)
         ]
+
+
+def keep_batches(trainer: pl.Trainer) -> None:
+    """Exempt rollout batches from the conversion of inputs under true half and double precision.
+
+    The conversion refuses frozen dataclasses, and log-probabilities and rewards stay float32 in any precision.
+    lightning 2.6 has no public way to exempt a type, so the method is covered on this Trainer's plugin.
+    """
+    plugin = trainer.precision_plugin
+    convert = plugin.convert_input
+    plugin.convert_input = lambda data: data if isinstance(data, RolloutBatch) else convert(data)  # type: ignore[method-assign]

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, collate
-from lightning_onpolicy.datamodules.loader import text_completion
+from lightning_onpolicy.datamodules.batch import Group, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.engines.base import RolloutEngine
+from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
+from lightning_onpolicy.datamodules.given import given_group
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
-
-
-def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:
-    """The prompt with the response(s) its row holds: a string, a list of strings, or ``response_ids``.
-
-    Raises:
-        ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
-    """
-    row = prompt.row
-    if "response_ids" in row and response_key not in row:
-        completions = [text_completion("", tokenizer, ids=row["response_ids"])]
-    else:
-        if response_key not in row:
-            raise ValueError(
-                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {sorted(row)}."
-            )
-        texts = row[response_key]
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(
-                f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
-            )
-        completions = [text_completion(t, tokenizer) for t in texts]
-    for c in completions:
-        if max_response_tokens is not None and len(c.ids) > max_response_tokens:
-            raise ValueError(
-                f"row {prompt.uid!r}: a response has {len(c.ids)} tokens, max_response_tokens is "
-                f"{max_response_tokens}. Raise it or shorten the data; nothing is cut silently."
-            )
-    return Group(prompt, tuple(completions), on_policy=False)
 
 
 class SupervisedLoader:
@@ -117,7 +90,20 @@ class SupervisedDataModule(OnPolicyDataModule):
         steps_per_epoch: Batches per epoch.
         response_key: Key of the rows' responses.
         max_response_tokens: Longest response, in tokens; longer ones are an error.
-        **evaluation: Everything about evaluation, as in :class:`OnPolicyDataModule`.
+        sampling: How evaluation completions are drawn.
+        rewards: Named rewards of evaluation.
+        reward_weights: Weights of the rewards in the total; default 1 each.
+        eval_prompts: Evaluation prompts over all ranks; null takes the whole source.
+        eval_group_size: Completions per evaluation prompt: the k of avg@k.
+        eval_prompts_per_batch: Evaluation prompts per batch and rank.
+        chat: Render prompts with the tokenizer's chat template.
+        system: System message put before each prompt.
+        chat_options: More arguments for the chat template.
+        max_prompt_tokens: Longest prompt, in tokens.
+        overlong: What happens to longer ones: ``error`` or ``skip``.
+        engine: From the policy to a rollout engine.
+        seed: Of the rows' order and of sampling.
+        deadline_s: Seconds that sampling, or scoring, of one batch may take; null means no deadline.
     """
 
     def __init__(
@@ -130,7 +116,20 @@ class SupervisedDataModule(OnPolicyDataModule):
         steps_per_epoch: int = 100,
         response_key: str = "response",
         max_response_tokens: int | None = None,
-        **evaluation: Any,
+        sampling: Sampling | None = None,
+        rewards: dict[str, Reward] | None = None,
+        reward_weights: dict[str, float] | None = None,
+        eval_prompts: int | None = None,
+        eval_group_size: int = 4,
+        eval_prompts_per_batch: int = 64,
+        chat: bool = True,
+        system: str | None = None,
+        chat_options: dict[str, Any] | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong: Literal["error", "skip"] = "error",
+        engine: Callable[[Any], RolloutEngine] = TransformersEngine,
+        seed: int = 0,
+        deadline_s: float | None = 1800.0,
     ) -> None:
         super().__init__(
             train=train,
@@ -140,7 +139,20 @@ class SupervisedDataModule(OnPolicyDataModule):
             prompts_per_batch=prompts_per_batch,
             steps_per_epoch=steps_per_epoch,
             response_key=response_key,
-            **evaluation,
+            sampling=sampling,
+            rewards=rewards,
+            reward_weights=reward_weights,
+            eval_prompts=eval_prompts,
+            eval_group_size=eval_group_size,
+            eval_prompts_per_batch=eval_prompts_per_batch,
+            chat=chat,
+            system=system,
+            chat_options=chat_options,
+            max_prompt_tokens=max_prompt_tokens,
+            overlong=overlong,
+            engine=engine,
+            seed=seed,
+            deadline_s=deadline_s,
         )
         self.max_response_tokens = max_response_tokens
 
@@ -150,7 +162,7 @@ class SupervisedDataModule(OnPolicyDataModule):
             self._stream("train", shuffle=True),
             self.model.tokenizer,
             prompts_per_batch=self.prompts_per_batch,
-            steps=self.steps_per_epoch,
+            steps=self.steps_this_run(),
             response_key=self.response_key,
             max_response_tokens=self.max_response_tokens,
         )

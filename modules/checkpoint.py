@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
+
+from lightning_onpolicy.modules.policy import Policy
 
 _RNG_KEY = "onpolicy_rng"
 
@@ -19,6 +22,7 @@ class LeanCheckpoint(pl.LightningModule):
     # Not Lightning's "hyper_parameters": LightningCLI lets what it finds there beat the command line.
     CHECKPOINT_HYPER_PARAMS_KEY = "onpolicy_hyper_parameters"
     _rng_to_restore: dict[str, Any] | None = None
+    _loaders_to_restore: list[dict[str, Any]] | None = None
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """Modules, by attribute name, whose weights are reloaded from their source and never saved."""
@@ -28,9 +32,9 @@ class LeanCheckpoint(pl.LightningModule):
         names = {
             f"{attribute}.{key}" for attribute, m in self.frozen_modules().items() for key in m.state_dict()
         }
-        policy = getattr(self, "policy", None)
-        if policy is not None and policy.has_adapters:
-            names |= {f"policy.{name}" for name in policy.frozen_names()}
+        for attribute, child in self.named_children():
+            if isinstance(child, Policy) and child.has_adapters:
+                names |= {f"{attribute}.{name}" for name in child.frozen_names()}
         return names
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -47,8 +51,17 @@ class LeanCheckpoint(pl.LightningModule):
         """Load; every tensor that trains must be there and fit.
 
         Raises:
-            RuntimeError: If a trained tensor is missing, or the checkpoint has one that the module lacks.
+            RuntimeError: If a trained tensor is missing or of another shape, or the checkpoint has one that the
+                module lacks.
         """
+        own = self.state_dict()
+        for name in own.keys() & state_dict.keys():
+            if own[name].shape != state_dict[name].shape:
+                raise RuntimeError(
+                    f"the checkpoint does not fit {type(self).__name__}: {name} has shape "
+                    f"{tuple(state_dict[name].shape)} there and {tuple(own[name].shape)} here. "
+                    "Was it made with another student or other adapters?"
+                )
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = sorted(set(result.missing_keys) - self._unsaved())
         if missing or result.unexpected_keys:
@@ -57,6 +70,7 @@ class LeanCheckpoint(pl.LightningModule):
                 f"unexpected {list(result.unexpected_keys)[:3]}… ({len(result.unexpected_keys)}). "
                 "Was it made with another student, other adapters or another method?"
             )
+        result.missing_keys.clear()  # frozen weights are missing on purpose; Lightning would warn of each
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -68,11 +82,23 @@ class LeanCheckpoint(pl.LightningModule):
         checkpoint[_RNG_KEY] = {str(rank): state for rank, state in enumerate(states)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random-number states; they are set when training starts, after all set-up drew from them."""
-        self._rng_to_restore = checkpoint.get(_RNG_KEY)
+        """Remember what is set when training starts: random-number states, after all set-up drew from them, and the
+        loader's state, which lightning 2.6 does not restore from a checkpoint written at an epoch's end."""
+        try:
+            resuming = self.trainer.state.fn == "fit"
+        except RuntimeError:  # no Trainer: only the weights are wanted
+            resuming = False
+        if resuming:
+            self._rng_to_restore = checkpoint.get(_RNG_KEY)
+            fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+            self._loaders_to_restore = fit_loop.get("state_dict", {}).get("combined_loader")
 
     def on_train_start(self) -> None:
-        """Continue the random numbers where the checkpoint left them."""
+        """Continue random numbers and prompts where the checkpoint left them."""
+        loaders, self._loaders_to_restore = self._loaders_to_restore, None
+        loader: Any = self.trainer.train_dataloader
+        if loaders and len(loaders) == 1 and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(loaders[0])
         states, self._rng_to_restore = self._rng_to_restore, None
         if states is None:
             return
@@ -87,7 +113,12 @@ class LeanCheckpoint(pl.LightningModule):
 def _rng_state() -> dict[str, Any]:
     """Random-number states as tensors and plain values, which weights-only loading accepts."""
     version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -97,5 +128,7 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -43,8 +43,9 @@ class OnPolicyDistill(OnPolicyModule):
 
     Args:
         student: The policy: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
-        teacher: A path, a :class:`ModelSpec` (optionally quantised), a live :class:`Policy`, or ``"base"``: the
-            student's own weights with adapters off. The student's path makes its earlier self the teacher.
+        teacher: A path, a :class:`ModelSpec` (optionally quantised), a live :class:`Policy` (frozen in place), or
+            ``"base"``: the student's own weights with adapters off. The student's path makes its earlier self the
+            teacher.
         objective: The divergence, named by its gradient (see ``losses/divergence.py``).
         beta: Weight of the teacher in the mixture of ``jsd``, in (0, 1).
         alpha: Skew of ``skew_forward_kl`` and ``skew_reverse_kl``, in (0, 1).
@@ -160,7 +161,8 @@ class OnPolicyDistill(OnPolicyModule):
         """Refuse batches the loss cannot honour; test the teacher once, before the first step."""
         self._refuse(batch)
         if not self._tested:
-            rows = list(range(min(len(batch), 8)))
+            # Every rank does it on its first batch, come what may: the teacher's forward pass may be a collective.
+            rows = batch.response_mask[:, 1:].any(1).nonzero()[:8, 0].tolist() or [0]
             probe, reverse = batch.select(rows, trim=False), batch.select(rows[::-1], trim=False)
             self_test(
                 self._teacher_logp(probe),
@@ -230,6 +232,7 @@ class OnPolicyDistill(OnPolicyModule):
                 teacher=head,
                 beta=self.beta,
                 alpha=self.alpha,
+                budget_bytes=self.loop.head_budget_mb * 2**20,
             )
             loss_N, logp_N = stats[self.objective], stats.logp
             means = {self.objective: loss_N, "entropy": stats.entropy}
@@ -240,7 +243,13 @@ class OnPolicyDistill(OnPolicyModule):
     def _sampled(self, micro: RolloutBatch, head: TeacherHead) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = micro.response_mask
         logq_N = self._logq(micro, head)
-        stats = self.policy(micro.input_ids, mask, outputs=("logp", "entropy"), temperature=self.temperature)
+        stats = self.policy(
+            micro.input_ids,
+            mask,
+            outputs=("logp", "entropy"),
+            temperature=self.temperature,
+            budget_bytes=self.loop.head_budget_mb * 2**20,
+        )
         score_BT = scatter(logq_N - stats.logp.detach(), mask)
         advantage_N = return_to_go(score_BT, _graded(mask), self.gamma)[:, 1:][mask[:, 1:]]
         logmu_N = micro.sampler_logprobs[:, 1:][mask[:, 1:]]
@@ -260,12 +269,13 @@ class OnPolicyDistill(OnPolicyModule):
             temperature=self.temperature,
             teacher=head,
         )
-        return {
-            "reverse_kl": stats.reverse_kl,
-            "forward_kl": stats.forward_kl,
-            "reverse_kl_sampled": k_estimators(stats.logp, self._logq(micro, head))["k1"],
-            "entropy": stats.entropy,
-        }
+        values = {"reverse_kl": stats.reverse_kl, "forward_kl": stats.forward_kl, "entropy": stats.entropy}
+        how = micro.sampling
+        if how is None or (
+            how.temperature == self.temperature and not how.truncates
+        ):  # else it estimates nothing
+            values["reverse_kl_sampled"] = k_estimators(stats.logp, self._logq(micro, head))["k1"]
+        return values
 
     def progress_bar_metrics(self) -> Mapping[str, str]:
         """The divergence and the verifier's score."""

@@ -40,6 +40,8 @@ class RolloutEvaluation(pl.LightningModule):
         self._tables = _Tables(RolloutMetrics().to(self.device))
 
     def _step(self, batch: RolloutBatch) -> None:
+        if self._tables is None:  # a step called by hand, without the hook that starts an epoch
+            self._start()
         assert self._tables is not None
         self._tables.rollouts.update(batch)
         with torch.no_grad():
@@ -60,7 +62,8 @@ class RolloutEvaluation(pl.LightningModule):
         for metric in self._tables.tokens.values():
             values |= metric.compute()
         self._tables = None
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
+        # The values are global already; sync_dist only keeps Lightning from advising it, and changes nothing.
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""
@@ -90,6 +93,8 @@ class RolloutEvaluation(pl.LightningModule):
         """One plain row per completion: prompt, response, ids, reward, finish."""
         rows = []
         for i, (prompt, text) in enumerate(zip(batch.prompts, batch.texts, strict=True)):
+            if "counted" in batch.extra and not bool(batch.extra["counted"][i]):
+                continue  # a repeat that pads this rank to the others' length
             reward = float(batch.rewards[i])
             rows.append(
                 {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import (
+    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
@@ -44,6 +45,21 @@ def blocked_sync(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def must_reduce_by_hand(trainer: Any) -> bool:
+    """Whether gradients are averaged outside DDP: its reducer allows one backward pass per forward pass of the whole
+    module, and a module with two optimizers makes one for each."""
+    return isinstance(trainer.strategy, DDPStrategy) and len(trainer.optimizers) > 1
+
+
+def average_gradients(parameters: list[nn.Parameter], ranks: int) -> None:
+    """All-reduce the gradients of one optimizer; a rank without a gradient counts as zero."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= ranks
+
+
 def refuse_unfit(trainer: Any) -> None:
     """Raise for strategies and precisions on which manual optimisation would be silently wrong."""
     if isinstance(trainer.strategy, FSDPStrategy):
@@ -58,8 +74,10 @@ def refuse_unfit(trainer: Any) -> None:
 
 def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:
     """FSDP2: shard ``blocks`` one by one, then ``policy`` itself, and let ``decode`` run its hooks."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    if isinstance(policy, FSDPModule):  # a live policy that an earlier module has sharded
+        return
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)

@@ -105,9 +105,10 @@ class ModelSpec:
             OSError: If it cannot be found; the message names the path.
         """
         path = resolve_model(self.tokenizer or self.path)
-        return AutoTokenizer.from_pretrained(
-            path, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        with _naming("tokenizer", path):
+            return AutoTokenizer.from_pretrained(
+                path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
 
     def load_model(self) -> Any:
         """The Hugging Face model, quantised if asked, without adapters."""
@@ -126,11 +127,21 @@ class ModelSpec:
             )
         if self.quantize:
             kwargs["quantization_config"] = _quantization(self.quantize)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        with _naming("model", path):
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
 
     def load(self) -> Policy:
         """The policy."""
         return Policy(self.load_model(), self.load_tokenizer(), lora=self.lora, spec=self)
+
+
+@contextmanager
+def _naming(what: str, path: str) -> Iterator[None]:
+    """Put the path into errors about files that are not found; transformers names the hub alone when offline."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what} {path!r} cannot be loaded: {error}") from error
 
 
 def _quantization(bits: Literal["4bit", "8bit"]) -> BitsAndBytesConfig:
@@ -171,9 +182,12 @@ class Policy(nn.Module):
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head: a causal language model is needed.")
         rows = head.weight.shape[0]
-        if len(tokenizer) > rows:
+        vocab_size = 1 + max(
+            tokenizer.get_vocab().values()
+        )  # ids may have holes: len(tokenizer) can be too small
+        if vocab_size > rows:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's head only {rows} rows: "
+                f"the tokenizer's ids go up to {vocab_size - 1}, the model's head has only {rows} rows: "
                 "this is not the model's tokenizer."
             )
         text = model.config.get_text_config()
@@ -183,7 +197,7 @@ class Policy(nn.Module):
                 getattr(head, "bias", None),
                 soft_cap=getattr(text, "final_logit_softcapping", None),
                 logit_scale=_logit_scale(text),
-                vocab_size=len(tokenizer),
+                vocab_size=vocab_size,
             )
         )
         self.model = model
@@ -251,8 +265,10 @@ class Policy(nn.Module):
 
     def hidden(self, input_ids: Tensor, select: Tensor) -> Tensor:
         """``[N, H]`` hidden states that predict the selected tokens (arguments as in :meth:`forward`)."""
-        hidden_BTH: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden_BTH[:, :-1][select[:, 1:]]
+        hidden_BTH: Tensor = self.model.base_model(
+            input_ids=input_ids[:, :-1], use_cache=False
+        ).last_hidden_state
+        return hidden_BTH[select[:, 1:]]
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """``[B, V]`` float32 next-token logits of the last position; ids the tokenizer lacks are -inf.
@@ -338,8 +354,11 @@ class Policy(nn.Module):
             state_dict = merged_state_dict(self.model, state_dict)
             plain = type(self.model)(self.config).to(next(iter(state_dict.values())).dtype)
             plain.generation_config = self.model.generation_config
-            plain.load_state_dict(state_dict, strict=False)
+            missing = set(plain.load_state_dict(state_dict, strict=False).missing_keys)
             plain.tie_weights()
+            tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+            if missing - ({"lm_head.weight"} if tied else set()):
+                raise RuntimeError(f"the merged weights lack {sorted(missing)[:3]}…; nothing was saved.")
             plain.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, state_dict=dict(state_dict) if state_dict else None)

@@ -48,6 +48,11 @@ class SupervisedFineTune(OnPolicyModule):
 
     def loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
         """Negative log-likelihood of the micro-batch's trained tokens."""
-        stats = self.policy(micro.input_ids, micro.response_mask, outputs=("logp", "entropy"))
+        stats = self.policy(
+            micro.input_ids,
+            micro.response_mask,
+            outputs=("logp", "entropy"),
+            budget_bytes=self.loop.head_budget_mb * 2**20,
+        )
         loss = aggregate(-stats.logp, micro.response_mask, counts, self.reduction)
         return LossOutput(loss, {"nll": -stats.logp, "entropy": stats.entropy})

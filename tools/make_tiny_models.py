@@ -50,7 +50,7 @@ tags: [reasoning-gym, tiny, quickstart]
 # Quickstart {name}
 
 A Llama-style model of {parameters:,} parameters for the quickstart, made from nothing by
-`tools/make_tiny_models.py` (seed {seed}) on procedurally generated reasoning-gym tasks: {tasks}.
+`tools/make_tiny_models.py` (its own seed: {seed}) on procedurally generated reasoning-gym tasks: {tasks}.
 It is a toy for trying out post-training methods and of no other use.
 
 {story}
@@ -96,8 +96,8 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
             Recipe("student", 1, 32, 64, steps=2, seed=seed + 1, noisy_steps=2, survival=0.25, batch=16),
         ]
     return [
-        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=950, seed=seed),
-        Recipe("student", 4, 128, 256, steps=950, seed=seed + 1, noisy_steps=60, survival=0.35),
+        Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1000, seed=seed),
+        Recipe("student", 4, 128, 256, steps=1000, seed=seed + 1, noisy_steps=60, survival=0.35),
     ]
 
 

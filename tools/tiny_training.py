@@ -171,8 +171,10 @@ def run_phase(
             logits = model(input_ids=inputs[rows, : width - 1], use_cache=False).logits
             right, part = batch.ids[rows, 1:width], answer[rows, 1:width]
             losses = noise.losses(logits, right, chances[rows, 1:width]) * part
-            # A mean per answer first: else the long answers of a few tasks would outweigh the others.
-            loss = (losses.sum(dim=1) / part.sum(dim=1)).sum() / len(inputs)
+            # Per letter or digit of the answer: a plain sum would favour long answers, and a mean over all
+            # tokens would starve those that are mostly punctuation (number_sorting, then learned last).
+            size = (part & (noise.kind[right] > 0)).sum(dim=1).clamp_min(1)
+            loss = (losses.sum(dim=1) / size).sum() / len(inputs)
             torch.autograd.backward(loss)
             running += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

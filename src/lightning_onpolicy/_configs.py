@@ -45,12 +45,16 @@ def find_config(name: str) -> str:
 def copy_config(name: str, destination: str) -> Path:
     """Copy a packaged configuration for editing.
 
+    Args:
+        name: A packaged configuration.
+        destination: A file, or a folder (there, or ending in a slash) that gets a file of the same name.
+
     Raises:
         FileExistsError: If the destination exists; nothing is overwritten.
     """
     source = Path(find_config(name))
     target = Path(destination)
-    if target.is_dir():
+    if target.is_dir() or destination.endswith("/"):
         target = target / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists; nothing was overwritten. Choose another name.")

@@ -10,9 +10,10 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_onpolicy._configs import copy_config, find_config, list_configs
 
@@ -23,14 +24,23 @@ USAGE = """usage: onpolicy COMMAND …
                                  --help and --print_config show every option)
   ls                             list the packaged configurations
   cp NAME DEST                   copy one for editing
+
+exit code: 0 done, 1 failed for the reason printed, 2 wrong command line, 70 a phase outlived its deadline and could
+not be stopped, 130 stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoint stays as it was written
 """
 
 COMMANDS = ("fit", "validate", "test", "predict")
 USAGE_RUN = "onpolicy {} -c CONFIG [-c CONFIG …] [--KEY VALUE …] [--print_config] [--help]"
 
+# What jsonargparse says around the reason: that a value may also be null, and everything it was given.
+_AROUND = re.compile(
+    r"^\s*(- )?(Does not validate against any of the Union subtypes|Subtypes: |Errors:$|Expected a <class 'NoneType'>|"
+    r"Given value type: |Given value: (NestedArg|Namespace)\()"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 0: done; 1: it failed, for the reason printed; 2: the command line is wrong."""
+    """Entry point; ends with the exit codes that :data:`USAGE` lists."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         _run(args)
@@ -39,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"onpolicy: error: {_chain(error)}\n(ONPOLICY_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("onpolicy: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _run(args: list[str]) -> None:
@@ -59,6 +72,12 @@ def _run(args: list[str]) -> None:
     if command not in COMMANDS:
         print(f"onpolicy: error: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
+    if len(args) == 1:
+        print(
+            f"usage: {USAGE_RUN.format(command)}\nonpolicy: error: name a configuration with -c.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     args = resolve_configs(args)
     check_checkpoint(_value(args, "--ckpt_path"))
     _lightning_cli(args)
@@ -66,8 +85,9 @@ def _run(args: list[str]) -> None:
 
 def _lightning_cli(args: list[str]) -> Any:
     # Imported here, so that `ls`, `cp` and usage errors answer at once.
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     import lightning_onpolicy.callbacks as callbacks
     import lightning_onpolicy.datamodules as datamodules
@@ -80,16 +100,31 @@ def _lightning_cli(args: list[str]) -> Any:
 
     _quiet()
 
+    class Parser(LightningArgumentParser):
+        """Errors with the reason, without what jsonargparse says around it."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            super().error("\n".join(_reason(message)), ex)
+
+    class SaveConfig(SaveConfigCallback):
+        """Saves the configuration once there is a batch to train on: a run that cannot start changes no file."""
+
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            """Too early."""
+
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            super().setup(trainer, pl_module, "fit")
+
     class OnPolicyCLI(LightningCLI):
         """LightningCLI with completions written to a file by ``predict``."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
 
-    before, sys.argv = (
-        sys.argv,
-        ["onpolicy", *args],
-    )  # LightningCLI warns when its args differ from sys.argv's
+    # LightningCLI warns when its args differ from sys.argv's.
+    before, sys.argv = sys.argv, ["onpolicy", *args]
     try:
         return OnPolicyCLI(
             LightningModule,
@@ -97,10 +132,22 @@ def _lightning_cli(args: list[str]) -> Any:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={name: {"usage": USAGE_RUN.format(name)} for name in COMMANDS},
+            # No abbreviations: a mistyped key is an error, also where it is the beginning of another.
+            parser_kwargs={
+                "allow_abbrev": False,
+                **{name: {"usage": USAGE_RUN.format(name), "allow_abbrev": False} for name in COMMANDS},
+            },
         )
+    except SIGTERMException:  # a SystemExit without a code, which would read as success
+        raise SystemExit(143) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1, as if the run had failed
+            raise SystemExit(130) from None
+        raise
     finally:
         sys.argv = before
 
@@ -110,8 +157,13 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of weights
-    # lightning 2.6.6 with torch 2.13; lightning 2.6.6 with jsonargparse 4.49 and later; frozen teachers are in eval mode.
-    for message in (".*LeafSpec.*", ".*was deprecated in v4.49.0.*", r"Found \d+ module\(s\) in eval mode.*"):
+    for message in (
+        ".*LeafSpec.*",  # lightning 2.6.6 with torch 2.13
+        ".*was deprecated in v4.49.0.*",  # lightning 2.6.6 with jsonargparse 4.49 and later
+        r"Found \d+ module\(s\) in eval mode",  # frozen teachers are
+        "Using ModelCheckpoint with manual optimization",  # checkpoints are meant to follow the optimizer step
+        "Couldn't infer the batch indices",  # loaders make their batches; there is no sampler
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -149,8 +201,17 @@ def check_checkpoint(path: str | None) -> None:
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"--ckpt_path {path!r} does not exist.")
-    if file.is_dir():  # a sharded (distributed) checkpoint
+    if file.is_dir():
+        if not (file / "meta.pt").is_file():
+            raise ValueError(
+                f"--ckpt_path {path!r} is a folder, and no sharded checkpoint: it has no meta.pt."
+            )
         return
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"--ckpt_path {path!r} is not a readable checkpoint: it is cut short, or no checkpoint at all. "
+            "Nothing was changed."
+        )
     import torch
 
     try:
@@ -164,18 +225,20 @@ def check_checkpoint(path: str | None) -> None:
         raise ValueError(f"--ckpt_path {path!r} is not a Lightning checkpoint: it has no state_dict.")
 
 
-def _chain(error: BaseException) -> str:
-    """The message, with that of its direct cause.
+def _reason(message: str) -> list[str]:
+    """The message's lines, without those that jsonargparse puts around the reason and without repetitions."""
+    lines = [line for line in message.splitlines() if not _AROUND.match(line)]
+    return list(dict.fromkeys(lines)) or message.splitlines()
 
-    Where a class refuses its arguments, jsonargparse tells it inside the list of all types it tried and of all
-    settings; only what the class said is kept.
-    """
-    message = str(error) or type(error).__name__
-    if "Does not validate against any of the Union subtypes" in message:
-        said = re.findall(r"^\s*- (?!Expected a <class|Does not validate)(.+)$", message, flags=re.MULTILINE)
-        message = "; ".join(dict.fromkeys(said)) or message
-    cause = error.__cause__
-    return f"{message} (because: {cause})" if cause is not None and str(cause) not in message else message
+
+def _chain(error: BaseException) -> str:
+    """The message, with that of its direct cause where that says more."""
+    message, cause = (
+        "\n".join(line.strip().removeprefix("- ") for line in _reason(str(e)))
+        for e in (error, error.__cause__ or "")
+    )
+    message = message or type(error).__name__
+    return message if cause in message else f"{message} (because: {cause})"
 
 
 if __name__ == "__main__":

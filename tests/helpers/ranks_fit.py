@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import toys
 import torch
+import toys
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_onpolicy.datamodules.batch import Sampling
@@ -25,7 +25,9 @@ from lightning_onpolicy.modules.saving import gathered_state_dict
 
 PROMPTS = [
     {"prompt": " ".join(f"t{(7 * i + j) % toys.WORDS}" for j in range(1 + i % 3)), "uid": f"p{i}"}
-    for i in range(7)  # not a multiple of two: the second rank repeats a validation prompt that must not count
+    for i in range(
+        7
+    )  # not a multiple of two: the second rank repeats a validation prompt that must not count
 ]
 
 
@@ -63,7 +65,7 @@ def module() -> OnPolicyDistill:
         toys.policy(0, scale=3.0),
         toys.policy(1, hidden=48, scale=3.0),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
-        loop=LoopSpec(micro_batch_tokens=40, minibatches=2, deadline_s=60.0),
+        loop=LoopSpec(micro_batch_tokens=40, deadline_s=60.0),
     )
 
 
@@ -89,7 +91,7 @@ def numbers(run: pl.Trainer) -> dict[str, float]:
 
 
 def main(name: str, out: Path) -> dict[str, Any]:
-    """Two epochs in one go, and the same two with a checkpoint and a new process state in between."""
+    """Two epochs in one go, and the same two with a checkpoint, new modules and loaders in between."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     pl.seed_everything(0, verbose=False)
     whole = module()

@@ -132,7 +132,7 @@ def test_limits(name: str, settings: dict[str, float], scale: float, limit: str)
     ],
 )
 def test_settings_without_meaning_are_refused_by_name(name: str, settings: dict[str, float]) -> None:
-    """At β = 0 or 1 the JSD is identically 0, at α = 1 the skews are. Catches: a silent no-op loss."""
+    """The JSD is 0 at β = 0 and 1, the skews at α = 1; at α = 0 they are the KLs. Catches: a silent no-op loss."""
     with pytest.raises(ValueError, match=next(iter(settings))):
         world.distill(world.tiny(0, V), world.tiny(1, V), name, **settings)
 

@@ -6,14 +6,15 @@ learns to tell the generator's rows from given ones. What is pinned is the contr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import toys
 import torch
+import toys
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -63,9 +64,7 @@ class Duel(OnPolicyModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         generator, discriminator = self.optimizers()
         tally, tally_d = Tally(self.device), Tally(self.device)
-        self.optimise(
-            batch, self.discriminator_loss, discriminator, tally_d, DISCRIMINATOR, ticks=False
-        )
+        self.optimise(batch, self.discriminator_loss, discriminator, tally_d, DISCRIMINATOR, ticks=False)
         own = batch.select(batch.on_policy.nonzero()[:, 0])
         with torch.no_grad():
             score_B = self.discriminator(own.input_ids, own.response_mask)
@@ -95,9 +94,24 @@ class Duel(OnPolicyModule):
 class ResetReference(pl.Callback):
     """Copies the policy into the reference after the batch of this number."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 1:
             pl_module.reference.load_state_dict(pl_module.policy.state_dict())
+
+
+class SaveAfter(pl.Callback):
+    """Writes a checkpoint after the batch of this number."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
 
 
 class Mixed:
@@ -110,8 +124,6 @@ class Mixed:
         return self.count
 
     def __iter__(self) -> Iterator[RolloutBatch]:
-        import dataclasses
-
         while self.done < self.count:
             batch = toys.batch(self.done, groups=4)
             given = torch.arange(len(batch)) % 2 == 1
@@ -137,8 +149,7 @@ def fit(module: Duel, batches: Any, **kwargs: Any) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ResetReference()],
-        max_steps=kwargs.pop("max_steps", -1),
+        callbacks=[ResetReference(), *kwargs.pop("callbacks", ())],
     )
     run.fit(module, train_dataloaders=batches, **kwargs)
     return run
@@ -154,9 +165,7 @@ def test_one_player_counts_and_both_learn() -> None:
     assert {float(s["step"]) for s in generator.values()} == {run.global_step}
     assert {float(s["step"]) for s in discriminator.values()} == {3 * DISCRIMINATOR.updates}
     assert any(not torch.equal(v, start[k]) for k, v in module.policy.state_dict().items())
-    first = float(
-        F.binary_cross_entropy_with_logits(torch.zeros(2), torch.tensor([0.0, 1.0]))
-    )  # a coin's
+    first = float(F.binary_cross_entropy_with_logits(torch.zeros(2), torch.tensor([0.0, 1.0])))  # a coin's
     assert 0 < float(run.callback_metrics["train/discriminator_bce"]) < 1.5 * first
     assert float(run.callback_metrics["train/grad_norm"]) > 0
 
@@ -168,7 +177,12 @@ def test_a_player_does_not_touch_the_other() -> None:
     before = {k: v.clone() for k, v in module.state_dict().items()}
     tally = Tally(module.device)
     module.optimise(
-        next(iter(Mixed(1))), module.discriminator_loss, module.optimizers()[1], tally, DISCRIMINATOR, ticks=False
+        next(iter(Mixed(1))),
+        module.discriminator_loss,
+        module.optimizers()[1],
+        tally,
+        DISCRIMINATOR,
+        ticks=False,
     )
     assert run.global_step == GENERATOR.minibatches
     for name, value in module.state_dict().items():
@@ -178,14 +192,12 @@ def test_a_player_does_not_touch_the_other() -> None:
 def test_both_players_and_the_reference_resume_bit_for_bit(tmp_path: Path) -> None:
     """The checkpoint is made after the reference was reset, which only its own weights can tell."""
     whole = duel()
-    uninterrupted = fit(whole, Mixed(4))
+    uninterrupted = fit(whole, Mixed(4), callbacks=[SaveAfter(tmp_path / "a.ckpt", 2)])
     assert any(
         not torch.equal(v, w)
         for v, w in zip(whole.reference.state_dict().values(), duel_reference(), strict=True)
     )
 
-    first = fit(duel(), Mixed(4), max_steps=3 * GENERATOR.minibatches)
-    first.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert len(saved["optimizer_states"]) == 2
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"policy", "discriminator", "reference"}

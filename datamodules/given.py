@@ -1,0 +1,58 @@
+"""Completions that nobody sampled: responses that the data gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
+
+
+def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:
+    """The prompt with the response(s) its row holds: a string, a list of strings, or ``response_ids``.
+
+    Raises:
+        ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
+    """
+    row = prompt.row
+    if "response_ids" in row and response_key not in row:
+        completions = [text_completion("", tokenizer, ids=row["response_ids"])]
+    else:
+        if response_key not in row:
+            raise ValueError(
+                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {sorted(row)}."
+            )
+        texts = row[response_key]
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ValueError(
+                f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
+            )
+        completions = [text_completion(t, tokenizer) for t in texts]
+    for c in completions:
+        if max_response_tokens is not None and len(c.ids) > max_response_tokens:
+            raise ValueError(
+                f"row {prompt.uid!r}: a response has {len(c.ids)} tokens, max_response_tokens is "
+                f"{max_response_tokens}. Raise it or shorten the data; nothing is cut silently."
+            )
+    return Group(prompt, tuple(completions), on_policy=False)
+
+
+def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None) -> Completion:
+    """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
+
+    Args:
+        text: The response.
+        tokenizer: Encodes it, unless ``ids`` are given.
+        ids: Token ids to use as they are.
+    """
+    tokens = (
+        list(ids)
+        if ids is not None
+        else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    )
+    return Completion(
+        torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
+    )

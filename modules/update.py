@@ -1,0 +1,190 @@
+"""From one rollout batch to optimizer steps, so that the cut into pieces never shows in the gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.modules import parallel
+from lightning_onpolicy.modules.aggregate import scatter
+from lightning_onpolicy.modules.microbatch import cut_micro_batches, split_minibatches
+from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """How one rollout batch becomes optimizer steps.
+
+    Args:
+        updates: Passes over each rollout batch.
+        minibatches: Optimizer steps per pass.
+        micro_batch_tokens: Positions (rows × longest row) per forward and backward pass; lower it when memory is
+            short, gradients stay the same.
+        head_budget_mb: Workspace of the output head, in MiB: logits kept for the backward pass; what does not fit is
+            computed again. More is faster, up to a third; less saves memory.
+        max_grad_norm: Clip the global gradient norm; null measures it without clipping.
+        deadline_s: Seconds any phase may take before it is stopped by name; null means no deadline.
+    """
+
+    updates: int = 1
+    minibatches: int = 1
+    micro_batch_tokens: int = 16384
+    head_budget_mb: int = 64
+    max_grad_norm: float | None = 1.0
+    deadline_s: float | None = 1800.0
+
+    def __post_init__(self) -> None:
+        for key in ("updates", "minibatches", "micro_batch_tokens", "head_budget_mb"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"loop.{key} must be >= 1, got {getattr(self, key)}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"loop.max_grad_norm must be positive or null, got {self.max_grad_norm}.")
+
+
+class UpdateLoop(pl.LightningModule):
+    """Mixin of :class:`OnPolicyModule`: minibatches, micro-batches, global counts, clipping, steps, schedules."""
+
+    loop: LoopSpec
+
+    def optimise(
+        self,
+        batch: RolloutBatch,
+        loss: Callable[[RolloutBatch, Counts], LossOutput],
+        optimizer: Any,
+        tally: Tally,
+        loop: LoopSpec,
+        *,
+        ticks: bool = True,
+    ) -> None:
+        """Optimizer steps on one rollout batch; minibatches without a trained token on any rank are left out.
+
+        Args:
+            batch: The rollouts.
+            loss: One micro-batch's share of the loss.
+            optimizer: A Lightning optimizer.
+            tally: Where metrics add up.
+            loop: Updates, minibatches, micro-batch budget, clipping.
+            ticks: Whether the steps count as ``global_step``; exactly one optimizer of a module ticks.
+
+        Raises:
+            ValueError: If no rank has a token to train on.
+            FloatingPointError: If a gradient is not finite; that step is not taken.
+        """
+        if self._counts(batch).tokens == 0:
+            raise ValueError(
+                f"step {self.trainer.global_step}: no trainable token in the batch on any rank. Responses are empty "
+                "or everything is masked: check sampling.max_new_tokens and the prompts' length."
+            )
+        first = True
+        for _ in range(loop.updates):
+            for rows in split_minibatches(len(batch), loop.minibatches):
+                part = batch.select(rows)
+                counts = self._counts(part)
+                if counts.tokens > 0:
+                    self._one_step(part, counts, loss, optimizer, tally, loop, ticks, first)
+                    first = False
+
+    def _one_step(
+        self,
+        batch: RolloutBatch,
+        counts: Counts,
+        loss: Callable[[RolloutBatch, Counts], LossOutput],
+        optimizer: Any,
+        tally: Tally,
+        loop: LoopSpec,
+        ticks: bool,
+        first: bool,
+    ) -> None:
+        micros = [micro for _, micro in self._pieces(batch, loop.micro_batch_tokens)]
+        scale = parallel.data_parallel_size(self.trainer)  # DDP and FSDP2 average; the shares must add up
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_hand = parallel.must_reduce_by_hand(self.trainer)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        optimizer.zero_grad()
+        for i, micro in enumerate(micros):
+            reduced = i + 1 == len(micros) and not by_hand
+            with contextlib.nullcontext() if reduced else parallel.blocked_sync(self.trainer):
+                out = loss(micro, counts)
+                self.manual_backward(out.loss * scale)
+            total += out.loss.detach()
+            tally.add(_renamed(out.means, first), _renamed(out.maxima, first))
+        if by_hand:
+            parallel.average_gradients(parameters, scale)
+        norm = parallel.clip_gradients(parameters, loop.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"gradient norm is {float(norm)} at step {self.trainer.global_step} on rank {self.global_rank}: "
+                "the step was not taken. Look at the batch's sampler_logprobs and at the learning rate."
+            )
+        tally.add({"grad_norm": norm, "loss": total * scale})
+        if ticks:
+            optimizer.step()
+        else:  # the strategy's own step: precision and sharding as usual, but global_step does not move
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+        schedules = self.lr_schedulers() or []
+        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+            if schedule.optimizer is optimizer.optimizer:
+                schedule.step()
+
+    def per_token(self, batch: RolloutBatch, values: Callable[[RolloutBatch], Tensor]) -> Tensor:
+        """``[B, T]`` values of the trained tokens, computed in micro-batches; 0 elsewhere. For ``prepare``.
+
+        Args:
+            batch: The rollouts.
+            values: From a micro-batch to ``[N]`` values, in row-major order of ``response_mask[:, 1:]``.
+        """
+        out = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=batch.device)
+        for rows, micro in self._pieces(batch, self.loop.micro_batch_tokens):
+            value_N = values(micro)  # also for padding pieces: the forward pass may be a collective
+            if rows:
+                index = torch.tensor(rows, device=batch.device)
+                out[index, : micro.input_ids.shape[1]] = scatter(value_N.float(), micro.response_mask)
+        return out
+
+    def evaluation_pieces(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """Micro-batches of the loop's token budget."""
+        return [micro for _, micro in self._pieces(batch, self.loop.micro_batch_tokens)]
+
+    def _pieces(self, batch: RolloutBatch, budget: int) -> Iterator[tuple[list[int], RolloutBatch]]:
+        """Row numbers and micro-batches, equally many on all ranks; padding pieces have no row and no trained token."""
+        trained = batch.response_mask[:, 1:].any(1)
+        cut = cut_micro_batches((batch.lengths * trained).tolist(), budget)
+        count = parallel.reduce_ranks(self.trainer, torch.tensor(float(len(cut)), device=self.device), "max")
+        for rows in cut:
+            yield rows, batch.select(rows)
+        for _ in range(int(count) - len(cut)):
+            yield [], _empty(batch)
+
+    def _counts(self, batch: RolloutBatch) -> Counts:
+        mask = batch.response_mask[:, 1:]
+        local = torch.stack([mask.sum(), mask.any(1).sum()]).double()
+        tokens, sequences = parallel.reduce_ranks(self.trainer, local, "sum").tolist()
+        return Counts(tokens, sequences)
+
+
+def _renamed(values: Any, first: bool) -> dict[str, Tensor]:
+    """Past the first optimizer step on a batch, p/μ says how far the policy moved, not how well the engine agrees."""
+    return {k if first else k.replace("mismatch_", "drift_"): v for k, v in values.items()}
+
+
+def _empty(batch: RolloutBatch) -> RolloutBatch:
+    """The batch's first row, without trained tokens and as short as can be."""
+    row = batch.select([0], trim=False)
+    T = row.input_ids.shape[1]
+    width = min(2, T)
+    return dataclasses.replace(
+        row,
+        input_ids=row.input_ids[:, :width],
+        attention_mask=row.attention_mask[:, :width],
+        response_mask=torch.zeros_like(row.response_mask[:, :width]),
+        sampler_logprobs=row.sampler_logprobs[:, :width],
+        extra={k: v[:, :width] if v.ndim > 1 and v.shape[1] == T else v for k, v in row.extra.items()},
+    )

@@ -1,0 +1,112 @@
+"""Precisions, strategies and optimizers that a configuration may name: those that work, and those that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import toys
+from fits import trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from workspace import Remember, onpolicy, workspace
+
+from lightning_onpolicy.datamodules.batch import Sampling
+from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
+from lightning_onpolicy.modules import parallel
+from lightning_onpolicy.modules.distill import OnPolicyDistill
+
+BF16 = 2.0**-8  # relative spacing of bfloat16
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)]
+)
+def test_half_precision_trains_with_the_ratio_of_its_rounding(
+    precision: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Sampling runs in the precision of training, so the ratio leaves 1 by rounding alone."""
+    student = toys.policy(0, scale=3.0)
+    module = OnPolicyDistill(
+        student, toys.policy(1, scale=3.0), optimizer=lambda params: torch.optim.SGD(params, lr=1.0)
+    )
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    rows = [{"prompt": f"t{i} t{i + 1}"} for i in range(4)]
+    data = OnPolicyDataModule(
+        train=rows, prompts_per_batch=4, group_size=2, steps_per_epoch=1, sampling=Sampling(max_new_tokens=8)
+    )
+    run = trainer(tmp_path, [], precision=precision)
+    run.fit(module, datamodule=data)
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    assert run.global_step == 1
+    assert any(not torch.equal(v, before[k].to(v.dtype)) for k, v in student.state_dict().items())
+    metrics = run.callback_metrics
+    assert float(metrics["train/mismatch_max_log_ratio"]) < 2 * BF16
+    assert abs(float(metrics["train/mismatch_ratio"]) - 1) < BF16
+    assert bool(torch.isfinite(metrics["train/loss"]))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "named"),
+    [
+        (FSDPStrategy(), "32-true", "ModelParallelStrategy"),
+        (object.__new__(DeepSpeedStrategy), "32-true", "DeepSpeed"),  # making one needs the package
+        (SingleDeviceStrategy(), "16-mixed", "bf16-mixed"),
+    ],
+    ids=["fsdp1", "deepspeed", "16-mixed"],
+)
+def test_what_would_be_silently_wrong_is_refused_in_one_sentence(
+    strategy: Any, precision: str, named: str
+) -> None:
+    module = OnPolicyDistill(toys.policy(0), toys.policy(1))
+    module.trainer = SimpleNamespace(strategy=strategy, precision=precision)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=named) as refused:
+        module.setup("fit")
+    assert "\n" not in str(refused.value)
+    module.setup("validate")  # evaluating takes no optimizer step
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_what_works_is_not_refused(precision: str) -> None:
+    for strategy in (SingleDeviceStrategy(), DDPStrategy()):
+        parallel.refuse_unfit(SimpleNamespace(strategy=strategy, precision=precision))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``run.yaml`` and what it names."""
+    return workspace(tmp_path_factory.mktemp("precision")).parent
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.optim.AdamW",
+        "torch.optim.SGD",
+        "bitsandbytes.optim.AdamW8bit",
+        "bitsandbytes.optim.PagedAdamW8bit",
+    ],
+)
+def test_optimizers_are_named_in_configurations(name: str, place: Path, tmp_path: Path) -> None:
+    flags = [f"--model.init_args.optimizer={name}", "--model.init_args.optimizer.init_args.lr=0.01"]
+    if name.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+        flags.append("--model.init_args.optimizer.init_args.min_8bit_size=1024")
+    warm_up = {"start_factor": 0.5, "total_iters": 4}
+    schedule = json.dumps({"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": warm_up})
+    flags += [f"--model.init_args.scheduler={schedule}", f"--trainer.default_root_dir={tmp_path}"]
+    assert onpolicy("fit", "-c", place / "run.yaml", *flags) == 0
+    module = Remember.module()
+    optimizer = module.optimizers().optimizer
+    package, _, kind = name.rpartition(".")
+    assert type(optimizer).__name__ == kind
+    assert type(optimizer).__module__.startswith(package)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.75), "two of four steps of warm-up"
+    fresh = module.student.load().state_dict()
+    moved = [not torch.equal(v, fresh[k]) for k, v in module.policy.state_dict().items()]
+    assert all(moved)
+    if name.endswith("8bit"):
+        assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
