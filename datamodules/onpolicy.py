@@ -218,7 +218,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
     def _version(self) -> int:
         """Version of the policy's weights; a module without one counts the Trainer's steps."""
         assert self.trainer is not None
-        return int(getattr(self.model, "policy_version", self.trainer.global_step))
+        version = getattr(self.model, "policy_version", None)
+        return int(self.trainer.global_step if version is None else version)
 
     def steps_this_run(self) -> int:
         """Batches per epoch, as far as the Trainer's ``limit_train_batches`` lets it go."""

@@ -31,7 +31,7 @@ from lightning_onpolicy.modules.metrics import RolloutMetrics
 TASKS = "onpolicy://quickstart/tasks.yaml"
 STUDENT = "onpolicy://quickstart/models/student"
 TEACHER = "onpolicy://quickstart/models/teacher"
-PROMPTS, GROUP = 64, 4  # per step, as in configs/quickstart/opd.yaml
+PROMPTS, GROUP = 256, 1  # per step, as in configs/quickstart/opd.yaml
 console = Console(width=110)
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything the demo writes"
     )
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of both runs")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of both runs")
     parser.add_argument("--eval-prompts", type=int, default=512, help="held-out items of the final table")
     args = parser.parse_args()
     out: Path = args.out
@@ -160,6 +160,7 @@ def main() -> None:
 
     shape = [
         f"--data.init_args.steps_per_epoch={args.steps}",
+        f"--model.init_args.scheduler.init_args.total_steps={args.steps}",
         f"--trainer.val_check_interval={max(1, args.steps // 5)}",
     ]
     runs = {

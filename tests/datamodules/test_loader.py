@@ -190,12 +190,15 @@ def test_whole_shares_are_exact(fraction: float, own: int) -> None:
     assert len(engine.asked) == (3 if own else 0), "nothing is sampled where nothing is used"
 
 
-def test_broken_shares_hold_in_expectation() -> None:
+def test_broken_shares_hold_in_expectation_and_are_equal_on_all_ranks() -> None:
     """λ·P = 1.2: one prompt or two per batch, 1.2 on average (within four standard errors of 400 draws)."""
     mixed = {"prompts_per_batch": 4, "steps": 400, "on_policy_fraction": 0.3, "off_policy": given}
-    own = torch.tensor([float(b.on_policy.sum()) / 2 for b in loader(Recorder(), **mixed)])
-    assert set(own.tolist()) == {1.0, 2.0}
-    assert abs(float(own.mean()) - 1.2) < 4 * (0.2 * 0.8 / 400) ** 0.5
+    own, other = (
+        [int(b.on_policy.sum()) // 2 for b in loader(Recorder(), rank=rank, **mixed)] for rank in (0, 1)
+    )
+    assert own == other, "where sampling is a collective, all ranks must take part in it or none"
+    assert set(own) == {1, 2}
+    assert abs(sum(own) / 400 - 1.2) < 4 * (0.2 * 0.8 / 400) ** 0.5
 
 
 def test_evaluation_repeats_itself_and_differs_by_rank() -> None:
@@ -235,6 +238,7 @@ def test_ranks_count_every_evaluation_prompt_once(world: int, limit: int | None,
             distributed_sampler_kwargs={"rank": rank, "num_replicas": world},
             state=SimpleNamespace(fn="validate"),
             precision="32-true",
+            global_step=0,
         )
         batches = list(getattr(data, f"{stage}_dataloader")())
         sizes.add(tuple(len(b) for b in batches))
