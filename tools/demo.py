@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything the demo writes"
     )
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of both runs")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of both runs")
     parser.add_argument("--eval-prompts", type=int, default=512, help="held-out items of the final table")
     args = parser.parse_args()
     out: Path = args.out
@@ -161,7 +161,7 @@ def main() -> None:
     shape = [
         f"--data.init_args.steps_per_epoch={args.steps}",
         f"--model.init_args.scheduler.init_args.total_steps={args.steps}",
-        f"--trainer.val_check_interval={max(1, args.steps // 5)}",
+        f"--trainer.val_check_interval={max(1, args.steps // 6)}",
     ]
     runs = {
         "student + on-policy distillation": ("quickstart/opd", "opd"),
