@@ -56,7 +56,8 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
     elif add:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        # In place since torch 2.10, where `self` may have the dtype of the output.
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.coefficients import coefficients
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
+from lightning_onpolicy.kernels.epilogues import Upstream, load
 from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype
 from lightning_onpolicy.kernels.sweep import Wanted, sweep_backward, sweep_forward
 from lightning_onpolicy.kernels.tile_logits import Heads
@@ -27,7 +28,7 @@ _PROBLEM = """
     Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,
     float? soft_cap, float logit_scale, float? teacher_soft_cap, float teacher_logit_scale,
     SymInt vocab_size, float beta, float alpha, ScalarType operand_dtype, ScalarType teacher_operand_dtype,
-    SymInt tile_elements, SymInt kept
+    SymInt tile_elements, SymInt kept, str epilogue
 """
 _N_TENSORS = 8
 
@@ -56,6 +57,8 @@ class Problem:
         teacher_operand_dtype: Dtype of the teacher product's operands.
         tile_elements: Elements of one workspace buffer.
         kept: Leading vocabulary ids whose logits are kept.
+        epilogue: What is done to the tiles; one for both passes, see
+            :mod:`~lightning_onpolicy.kernels.epilogues`.
     """
 
     hidden: Tensor
@@ -77,6 +80,7 @@ class Problem:
     teacher_operand_dtype: torch.dtype
     tile_elements: int
     kept: int
+    epilogue: str = "eager"
 
     def arguments(self) -> tuple[Any, ...]:
         """The fields, as the ops take them."""
@@ -169,7 +173,9 @@ def forward(outputs: str, *arguments: Any) -> list[Tensor]:
     # Operand dtypes are this library's choice (operand_dtype); autocast would round the operands again.
     with torch.autocast(problem.hidden.device.type, enabled=False):
         heads = problem.heads(stores, with_teacher=True)
-        out, state = sweep_forward(heads, names, problem.index, Mixing(problem.beta, problem.alpha))
+        out, state = sweep_forward(
+            heads, names, problem.index, Mixing(problem.beta, problem.alpha), load(problem.epilogue)
+        )
         rows = torch.stack([state[name] for name in problem.state_names(names)])
     return [*(out[name] for name in names), rows, *stores]
 
@@ -213,12 +219,15 @@ def backward(
             problem.heads((kept_z, kept_t), with_teacher=with_teacher),
             problem.hidden,
             problem.weight,
-            dict(zip(names, table, strict=True)),
-            problem.index if sparse is not None else None,
-            sparse,
-            {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
-            Mixing(problem.beta, problem.alpha),
+            Upstream(
+                dict(zip(names, table, strict=True)),
+                problem.index if sparse is not None else None,
+                sparse,
+                {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
+                Mixing(problem.beta, problem.alpha),
+            ),
             Wanted(want_hidden, want_weight, want_bias),
+            load(problem.epilogue),
         )
     if problem.bias is not None:
         # dz is the gradient of the unscaled product; the bias is added after the scale.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.checks import check
 from lightning_onpolicy.kernels.divergences import CURVED
-from lightning_onpolicy.kernels.head_logits import operand_dtype
+from lightning_onpolicy.kernels.epilogues import buffers, choose
+from lightning_onpolicy.kernels.head_logits import accumulation_dtype, operand_dtype
 from lightning_onpolicy.kernels.ops import Problem, token_stats_op
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
 from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
@@ -125,13 +126,13 @@ def token_stats(
     itemsize = 8 if operand == torch.float64 else 4
     streams = 1 if used is None else 2
     curved = any(name in CURVED for name in names)
-    # Logits and their exponentials; the slope of the cap; mixtures and curves.
-    buffers = 2 * streams + (0 if soft_cap is None else 1) + (3 if curved else 0)
-    elements = tile_elements(hidden.device.type, budget_bytes, buffers, itemsize)
+    epilogue = choose(hidden.device.type, accumulation_dtype(operand))
+    space = buffers(epilogue, streams, capped=soft_cap is not None, curved=curved)
+    elements = tile_elements(hidden.device.type, budget_bytes, space, itemsize)
     trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     kept = 0
     if (trained and torch.is_grad_enabled()) or curved:
-        left = budget_bytes - buffers * elements * itemsize
+        left = budget_bytes - space * elements * itemsize
         kept = kept_columns(hidden.shape[0], size, bytes_left=left, streams=streams, itemsize=itemsize)
     problem = Problem(
         hidden=hidden,
@@ -155,6 +156,7 @@ def token_stats(
         else operand_dtype(used.hidden, used.weight, like=hidden),
         tile_elements=elements,
         kept=kept,
+        epilogue=epilogue,
     )
     found = dict(zip(names, token_stats_op(",".join(names), *problem.arguments()), strict=False))
     picked = found.pop("index_logp", None)
