@@ -112,8 +112,8 @@ def forced(name: str) -> Iterator[None]:
         _forced = before
 
 
-def buffers(name: str, streams: int, *, capped: bool, curved: bool) -> int:
-    """Workspace buffers a call needs, of one tile each.
+def buffers(name: str, streams: int, *, capped: bool, curved: bool) -> tuple[int, int]:
+    """Workspace buffers a call needs: of one tile each, and of one strip each.
 
     Args:
         name: The epilogue.
@@ -122,9 +122,9 @@ def buffers(name: str, streams: int, *, capped: bool, curved: bool) -> int:
         curved: Whether a curved divergence is asked for.
     """
     if name == "triton":
-        return streams
-    # Logits and their exponentials; the slope of the cap; mixtures and curves.
-    return 2 * streams + (1 if capped else 0) + (3 if curved else 0)
+        return streams, 0
+    # Log-probabilities and their exponentials; the slope of the cap; mixtures and curves.
+    return streams, 2 * streams + (1 if capped else 0) + (3 if curved else 0)
 
 
 def load(name: str) -> Epilogue:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
 from lightning_onpolicy.kernels.epilogues import Epilogue, Upstream
 from lightning_onpolicy.kernels.head_logits import multiply
-from lightning_onpolicy.kernels.moments import Moments
+from lightning_onpolicy.kernels.moments import Moments, concatenate
 from lightning_onpolicy.kernels.tile_logits import Heads, tiles_of
 from lightning_onpolicy.kernels.tiles import Slice, Tiling, Workspace
 
@@ -44,7 +44,7 @@ def sweep_forward(
     for part in heads.tiling.slices():
         for number, tile in enumerate(tiles_of(heads, part)):
             seen[number] = add(tile, seen[number])
-    whole = _concatenate([x for x in seen if x is not None])
+    whole = concatenate([x for x in seen if x is not None])
     state = {"lse": whole.lse()}
     out: dict[str, Tensor] = {"lse": state["lse"]}
     if picked_NK is not None:
@@ -154,13 +154,3 @@ def _weight_sums(grad_weight: Tensor, part: Slice, acc: torch.dtype, tiling: Til
     target = grad_weight[part.start : part.stop]
     one_product = tiling.rows <= tiling.row_block and target.dtype == x_NH.dtype
     return target if target.dtype == acc or one_product else torch.empty_like(target, dtype=acc)
-
-
-def _concatenate(parts: Sequence[Moments]) -> Moments:
-    def joined(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    m, s = (torch.cat([getattr(part, name) for part in parts]) for name in ("m", "s"))
-    rest = ("a", "teacher_m", "teacher_s", "d", "teacher_d", "argmax")
-    return Moments(m, s, **{name: joined(name) for name in rest})

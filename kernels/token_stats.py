@@ -22,7 +22,12 @@ from lightning_onpolicy.kernels.epilogues import buffers, choose
 from lightning_onpolicy.kernels.head_logits import accumulation_dtype, operand_dtype
 from lightning_onpolicy.kernels.ops import Problem, token_stats_op
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
-from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
+from lightning_onpolicy.kernels.tiles import (
+    DEFAULT_BUDGET_BYTES,
+    kept_columns,
+    strip_elements,
+    tile_elements,
+)
 from lightning_onpolicy.kernels.topk import topk_kl
 
 
@@ -81,8 +86,9 @@ def token_stats(
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
         budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
             pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
-            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each of two to
-            eight buffers; its size depends neither on N nor on V.
+            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each head and, on
+            the CPU, 1 MiB for each of two to eight intermediate results (elsewhere as much as for a head); its
+            size depends neither on N nor on V.
 
     Returns:
         Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
@@ -127,12 +133,13 @@ def token_stats(
     streams = 1 if used is None else 2
     curved = any(name in CURVED for name in names)
     epilogue = choose(hidden.device.type, accumulation_dtype(operand))
-    space = buffers(epilogue, streams, capped=soft_cap is not None, curved=curved)
-    elements = tile_elements(hidden.device.type, budget_bytes, space, itemsize)
+    device = hidden.device.type
+    whole, strips = buffers(epilogue, streams, capped=soft_cap is not None, curved=curved)
+    elements = tile_elements(device, budget_bytes, whole + strips, itemsize)
     trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     kept = 0
     if (trained and torch.is_grad_enabled()) or curved:
-        left = budget_bytes - space * elements * itemsize
+        left = budget_bytes - (whole * elements + strips * strip_elements(device, elements)) * itemsize
         kept = kept_columns(hidden.shape[0], size, bytes_left=left, streams=streams, itemsize=itemsize)
     problem = Problem(
         hidden=hidden,

@@ -125,7 +125,8 @@ def grads(upstream: Callable[..., dict[str, Tensor]]) -> Callable[..., tuple[Ten
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 rows and 5 ids, so that N = 7 and V = 23 end in ragged tiles both ways."""
+    """Tiles of 4 rows and 5 ids in strips of 3 rows, so that N = 7 and V = 23 end raggedly every way."""
     monkeypatch.setattr(tiles, "CPU_ROWS", 4)
     monkeypatch.setattr(tiles, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "CPU_STRIP", 15)
     monkeypatch.setattr(tiles, "MIN_COLUMNS", 5)
