@@ -85,9 +85,7 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
         l_RC, k_RC = _log_probabilities(heads, space, tile, upstream.state)
         cap_RC = None
         if heads.student.soft_cap is not None:
-            cap_RC = _cap_slope(
-                heads.student, l_RC, upstream.state["lse"], tile, space.tile(4, *tile.shape)
-            )
+            cap_RC = _cap_slope(heads.student, l_RC, upstream.state["lse"], tile, space.tile(4, *tile.shape))
         p_RC = space.tile(1, *tile.shape)
         curves: dict[str, Tensor] = {}
         if names:
