@@ -18,11 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Columns a program holds at a time, and its warps: 8 columns a thread. With teacher and all curves that is at most 109
-#: registers on sm_80 and sm_90 and none spilled; 4096 columns spill, and leave fewer rows in flight.
+#: Columns a program holds at a time, and its warps: 8 columns a thread. With teacher and all curves that is at most 99
+#: registers on sm_80 and sm_90, none spilled; 4096 columns spill, and leave fewer rows in flight.
 WIDE = (2048, 8)
 #: For what remains of a vocabulary. No further sizes: each is compiled for itself.
-NARROW = (512, 2)
+NARROW = (512, 4)
 #: Ids a program holds at a time.
 MAX_IDS = 1024
 

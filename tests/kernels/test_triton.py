@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -20,7 +22,17 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
 @needs_triton
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is not None
+    and release("triton") < (3, 7)
+    and release("numpy") >= (2, 4),
+    reason="the interpreter of Triton 3.6 cannot run loops with NumPy 2.4",
+)
 @pytest.mark.slow
 def test_in_the_interpreter():
     """In a process of its own: Triton decides at import whether it interprets, and torch imports it early."""
@@ -43,10 +55,9 @@ def test_in_the_interpreter():
 FLOATS = ("scale", "cap", "teacher_scale", "teacher_cap", "beta", "alpha")
 
 
-def compiled(kernel, target, *, block=(1, 4), absent=(), dtype="fp32", aligned=True, **constants):
-    """Registers and spilled bytes of a kernel compiled for ``sm_<target>``."""
+def build(kernel, target, *, block=(1, 4), absent=(), dtype="fp32", aligned=True, **constants):
+    """A kernel compiled for ``sm_<target>``."""
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
 
     signature, attributes = {}, {}
@@ -64,9 +75,15 @@ def compiled(kernel, target, *, block=(1, 4), absent=(), dtype="fp32", aligned=T
         if name not in constants and divisible and aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": block[1]})
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": block[1]})
+
+
+def compiled(kernel, target, **options):
+    """Registers and spilled bytes. A compiled kernel reports them on a device only; ptxas does here."""
+    from triton import knobs
+
+    built = build(kernel, target, **options)
     assert built.asm["cubin"][:4] == b"\x7fELF"
-    # What the compiled kernel reports of itself it reports on a device only.
     name = f"sm_{target}{'a' if target == 90 else ''}"
     done = subprocess.run(
         [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", "-o", os.devnull, "/dev/stdin"],
@@ -92,6 +109,7 @@ def ptxas_is_there() -> bool:
         return False
 
 
+needs_ptxas = pytest.mark.skipif(not ptxas_is_there(), reason="Triton with its ptxas is not installed")
 HEADS = {
     "student": {"absent": ("t_ptr", "teacher_bias_ptr", "teacher_lse_ptr", "bias_ptr", "inverse_ptr")},
     "biased": {"absent": ("t_ptr", "teacher_bias_ptr", "teacher_lse_ptr")},
@@ -102,7 +120,7 @@ HEADS = {
 }
 
 
-@pytest.mark.skipif(not ptxas_is_there(), reason="Triton with its ptxas is not installed")
+@needs_ptxas
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("target", [80, 90])
 def test_compiles_without_spills(target, heads, tmp_path, monkeypatch, record_property):
@@ -139,6 +157,23 @@ def test_compiles_without_spills(target, heads, tmp_path, monkeypatch, record_pr
         record_property(str(name), registers)
     assert {name: spilled for name, (_, spilled) in found.items() if spilled} == {}
     assert max(registers for registers, _ in found.values()) <= 128
+
+
+@needs_ptxas
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_barrier_lies_between_loads_and_stores(ids, tmp_path, monkeypatch):
+    """A gradient written over its logits needs it, and the interpreter would not miss it."""
+    from lightning_onpolicy.kernels import triton_gradient, triton_rows
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    flags = dict.fromkeys(("CAPPED", "FOLDED", "TEACHER_CAPPED", "TEACHER_FOLDED"), False)
+    absent = HEADS["student"]["absent"] + (() if ids else ("index_ptr", "sparse_ptr", "spare_ptr"))
+    options = {"absent": absent, "dtype": "bf16", "block": triton_rows.WIDE, "CURVES": 0, "IDS": 64}
+    built = build(triton_gradient.row_gradients, 90, **options, **flags)
+    steps = re.findall(r"(ld|st)\.global|(bar)rier\.|(bar)\.sync", built.asm["ptx"])
+    order = [step for step, _ in itertools.groupby("".join(found) for found in steps)]
+    row, picked = ["ld", "bar", "st"], ["bar", "ld", "st"]
+    assert order == (["ld", "st", *row, *picked] if ids else row)
 
 
 def test_which_epilogue_a_call_takes():

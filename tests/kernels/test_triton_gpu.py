@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_onpolicy.kernels import TeacherHead, TopK, epilogues, reference, tiles, token_stats
+from lightning_onpolicy.kernels import (
+    TeacherHead,
+    TopK,
+    epilogues,
+    head_logits,
+    reference,
+    tiles,
+    token_stats,
+)
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS
 
 pytestmark = [
@@ -125,6 +133,25 @@ def as_good_as_eager(case, outputs, rows, *, times=2.0, **more):
         share = 1e-5 if case.hidden.dtype == torch.float32 else 1e-3
         slack = share * scales[int(key[-1])] if key.startswith("leaf") else 5e-6
         assert errors["triton"][key] <= times * theirs + slack, (key, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_summed_in_float32_where_they_belong(dtype):
+    """Operands as the sweeps pass them: rows twice as far apart as they are long, transposes, slices of the result."""
+    R, C, H = 512, 384, 256
+    dz_RC = torch.randn(R, 2 * C, device="cuda").to(dtype)[:, :C]
+    weight_CH, x_RH = torch.randn(C, H, device="cuda").to(dtype), torch.randn(R, H, device="cuda").to(dtype)
+    for a, b in ((dz_RC, weight_CH), (dz_RC.T, x_RH), (x_RH, weight_CH.T)):
+        whole = torch.zeros(a.shape[0] + 2, b.shape[1], device="cuda")
+        out = whole[1:-1]
+        head_logits.multiply(out, a, b)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        head_logits.multiply(out, a, b, add=True)
+        assert torch.cuda.max_memory_allocated() - before < out.nbytes
+        want = 2 * (a.double() @ b.double())
+        torch.testing.assert_close(out.double(), want, atol=1e-4 * float(want.abs().max()), rtol=0)
+        assert whole[[0, -1]].abs().max() == 0
 
 
 @pytest.mark.parametrize("budget", [0, 2**30, 2**34])
