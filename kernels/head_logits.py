@@ -56,7 +56,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
     elif add:
-        # In place since torch 2.10, where `self` may have the dtype of the output.
+        # Added to by the product itself: no temporary, and no pass over both.
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)

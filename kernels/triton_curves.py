@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernel for the sums of the curved divergences over one tile: the second pass.
 
 With ``u = log(q / p)``, every f and every summand follows from ``log(m / p)`` and ``log(m / q)`` of a mixture m;
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightning_onpolicy.kernels.triton_rows import LOWEST, load_logits
+from lightning_onpolicy.kernels.triton_rows import centre, load_logits
 
 # Bits of CURVES, in the order of divergences.CURVED.
 JSD = tl.constexpr(1)
@@ -119,10 +119,9 @@ def row_curves(
             TEACHER_CAPPED,
             TEACHER_FOLDED,
         )
-        u = (t - teacher_lse) - (z - lse)
-        # Every summand has a factor p or q (or both, in the total variation).
-        p = tl.exp(tl.where(inside, z - lse, LOWEST))
-        q = tl.exp(tl.where(inside, t - teacher_lse, LOWEST))
+        # Outside of the row p = q = 0, and every summand has one of them as a factor.
+        l, k = centre(z, lse), centre(t, teacher_lse)  # noqa: E741
+        p, q, u = tl.exp(l), tl.exp(k), k - l
         if JSD & CURVES:
             value, f = jsd_terms(p, q, u, beta)
             jsd += tl.sum(value, 0)

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernel that turns one tile of products into its gradient, in the dtype of the two products that follow.
 
     dz = slope (p (a + b l + c k + Σ_j g_j f_j) + d q + scatter(sparse))
@@ -31,7 +31,7 @@ from lightning_onpolicy.kernels.triton_curves import (
     skew_reverse_terms,
     variation_terms,
 )
-from lightning_onpolicy.kernels.triton_rows import load_logits
+from lightning_onpolicy.kernels.triton_rows import centre, load_logits
 
 #: Rows of the table.
 TABLE = ("a", "b", "c", "d", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
@@ -78,7 +78,7 @@ def dense(
 ):
     """Gradient of the capped logits of a row at ``column``, without the sparse part; and the slope of the cap."""
     z, slope = load_logits(z_ptr, bias_ptr, column, inside, inverse, scale, cap, CAPPED, FOLDED)
-    l = z - lse  # noqa: E741
+    l = centre(z, lse)  # noqa: E741
     p = tl.exp(l)
     factor = tl.load(table_ptr) + tl.load(table_ptr + stride) * l
     if t_ptr is not None:
@@ -93,7 +93,7 @@ def dense(
             TEACHER_CAPPED,
             TEACHER_FOLDED,
         )
-        k = t - teacher_lse
+        k = centre(t, teacher_lse)
         q = tl.exp(k)
         factor += tl.load(table_ptr + 2 * stride) * k
         if JSD & CURVES:
@@ -145,7 +145,7 @@ def row_gradients(
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``dz``. ``table`` is ``[8, R]`` with rows ``stride`` apart, ``index``, ``sparse`` and ``spare`` ``[R, K]``."""
+    """Write ``dz``. ``table`` is ``[8, R]``, rows ``stride`` apart; ``index``, ``sparse``, ``spare`` are ``[R, K]``."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * columns
     dz_ptr += row * dz_stride
