@@ -22,7 +22,8 @@ from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
 from lightning_onpolicy.modules.evaluation import RolloutEvaluation
 from lightning_onpolicy.modules.losses.mismatch import mismatch
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import ModelSpec
 from lightning_onpolicy.modules.update import LoopSpec as LoopSpec
 from lightning_onpolicy.modules.update import UpdateLoop
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.kernels import TeacherHead
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import ModelSpec
 
 OnMismatch = Literal["error", "warn"]
 
