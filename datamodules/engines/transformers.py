@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.base import Decoder, RolloutEngine
 from lightning_onpolicy.datamodules.engines.lockstep import Pace, has_peers, is_sharded
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.datamodules.engines.rollout import Rollout, TextDecoder
 from lightning_onpolicy.datamodules.engines.rows import Limits
 
@@ -119,7 +119,7 @@ class TransformersEngine(RolloutEngine):
         except ValueError:
             pace.refuse()
             raise
-        with _evaluating(policy), torch.no_grad():
+        with eval_mode(policy), torch.no_grad():
             rollout = Rollout(policy, prompts, n, sampling, seed, limits, pace, device, text=self.tokenizer)
             completions = rollout.run(self.version)
             while shared and pace.tick(working=False, unfinished=0):
@@ -175,15 +175,3 @@ class TransformersEngine(RolloutEngine):
                     "sampling.max_new_tokens). Raise max_cache_tokens or lower sampling.max_new_tokens."
                 )
         return Limits(rows, self.max_prefill_tokens)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every submodule's own mode is restored, also after an exception."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
