@@ -54,6 +54,8 @@ class SupervisedLoader(StreamLoader):
 class SupervisedDataModule(OnPolicyDataModule):
     """Given responses for training; validation samples from the policy, as everywhere.
 
+    Every ``trainer.fit`` starts with the first row, unless it gets a ``ckpt_path``.
+
     Args:
         train: Source of rows with a prompt and a response.
         val: Source of validation prompts, sampled from and scored.
@@ -131,11 +133,13 @@ class SupervisedDataModule(OnPolicyDataModule):
 
     def train_dataloader(self) -> SupervisedLoader:  # type: ignore[override]
         """Batches of given responses."""
-        return SupervisedLoader(
-            self._stream("train", shuffle=True),
-            self.model.tokenizer,
-            prompts_per_batch=self.prompts_per_batch,
-            steps=self.steps_this_run(),
-            response_key=self.response_key,
-            max_response_tokens=self.max_response_tokens,
+        return self._continued(
+            SupervisedLoader(
+                self._stream("train", shuffle=True),
+                self.model.tokenizer,
+                prompts_per_batch=self.prompts_per_batch,
+                steps=self.steps_this_run(),
+                response_key=self.response_key,
+                max_response_tokens=self.max_response_tokens,
+            )
         )
