@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules.aggregate import scatter
 from lightning_onpolicy.modules.keys import prompt_key
 from lightning_onpolicy.modules.metrics import RolloutMetrics, WeightedMean
+from lightning_onpolicy.modules.reported import Reported
 
 
 @dataclass
@@ -27,6 +29,7 @@ class RolloutEvaluation(pl.LightningModule):
     """Mixin: ``validate`` and ``test`` report avg@k, pass@k, lengths, truncation; ``predict`` returns completions."""
 
     _tables: _Tables | None = None
+    _reported: defaultdict[str, Reported]
 
     def evaluate(self, micro: RolloutBatch) -> dict[str, Tensor]:
         """Further per-token values ``[N]`` to report the mean of, e.g. divergences to a teacher."""
@@ -62,8 +65,9 @@ class RolloutEvaluation(pl.LightningModule):
         for metric in self._tables.tokens.values():
             values |= metric.compute()
         self._tables = None
+        named = self._reported[stage].filled({f"{stage}/{k}": v for k, v in values.items()})
         # The values are global already; sync_dist only keeps Lightning from advising it, and changes nothing.
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, sync_dist=True)
+        self.log_dict(named, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""
