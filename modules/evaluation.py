@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
 from lightning_onpolicy.modules.keys import prompt_key
 from lightning_onpolicy.modules.metrics import RolloutMetrics, WeightedMean
 from lightning_onpolicy.modules.reported import Reported
+
+M = TypeVar("M", RolloutMetrics, WeightedMean)
 
 
 @dataclass
@@ -40,7 +44,12 @@ class RolloutEvaluation(pl.LightningModule):
         return [batch]
 
     def _start(self) -> None:
-        self._tables = _Tables(RolloutMetrics().to(self.device))
+        self._tables = _Tables(self._gathered(RolloutMetrics))
+
+    def _gathered(self, metric: Callable[..., M], **settings: Any) -> M:
+        """A metric on this device that counts each data-parallel rank once (tensor-parallel peers hold the same)."""
+        group = parallel.data_parallel_group(self.device_mesh)
+        return metric(process_group=group, **settings).to(self.device)
 
     def _step(self, batch: RolloutBatch) -> None:
         if self._tables is None:  # a step called by hand, without the hook that starts an epoch
@@ -51,8 +60,9 @@ class RolloutEvaluation(pl.LightningModule):
             for micro in self.evaluation_pieces(batch):
                 mask = micro.response_mask
                 for name, value_N in self.evaluate(micro).items():
-                    metric = self._tables.tokens.setdefault(name, WeightedMean(name).to(self.device))
-                    metric.update(
+                    if name not in self._tables.tokens:
+                        self._tables.tokens[name] = self._gathered(WeightedMean, name=name)
+                    self._tables.tokens[name].update(
                         scatter(value_N, mask).sum(1),
                         mask[:, 1:].sum(1),
                         torch.tensor([prompt_key(p) for p in micro.prompts], device=self.device),
