@@ -98,9 +98,20 @@ class RolloutMaker:
         ]
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name."""
+        """Every reward's scores, by name.
+
+        Raises:
+            ValueError: If a reward does not return one score per completion; the message names it.
+        """
         with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            return {name: reward.score(groups) for name, reward in self.rewards.items()}
+            parts = {name: reward.score(groups) for name, reward in self.rewards.items()}
+        sizes = [len(group.completions) for group in groups]
+        for name, scores in parts.items():
+            if (given := [len(s) for s in scores]) != sizes:
+                raise ValueError(
+                    f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
+                )
+        return parts
 
     def total(
         self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
@@ -220,6 +231,10 @@ class EvaluationLoader:
     ) -> None:
         if not prompts:
             raise ValueError("there are no evaluation prompts on this rank.")
+        if prompts_per_batch < 1:
+            raise ValueError(
+                f"prompts_per_batch of an evaluation (eval_prompts_per_batch) must be >= 1, got {prompts_per_batch}."
+            )
         self.prompts, self.maker = prompts, maker
         self.prompts_per_batch, self.seed, self.rank = prompts_per_batch, seed, rank
         self.counted = list(counted) if counted is not None else [True] * len(prompts)

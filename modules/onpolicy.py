@@ -61,6 +61,10 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in checkpoints; LeanCheckpoint checks the rest
         self.student: ModelSpec | None = None if isinstance(student, Policy) else ModelSpec.of(student)
+        if self.student is not None and self.student.quantize and self.student.lora is None:
+            raise ValueError(
+                f"student.quantize={self.student.quantize!r} needs student.lora: quantised weights cannot be trained."
+            )
         self.optimizer_callable = optimizer
         self.scheduler_callable = scheduler
         self.loop = loop if isinstance(loop, LoopSpec) else LoopSpec(**(loop or {}))

@@ -112,8 +112,10 @@ class ModelSpec:
         if self.from_scratch:
             from transformers import AutoConfig
 
-            config = AutoConfig.from_pretrained(path, revision=self.revision)
-            kwargs.pop("revision")
+            with _naming("model", path):
+                config = AutoConfig.from_pretrained(
+                    path, revision=kwargs.pop("revision"), trust_remote_code=self.trust_remote_code
+                )
             return AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.float32 if dtype == "auto" else dtype, **kwargs
             )

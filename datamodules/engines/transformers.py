@@ -35,7 +35,8 @@ class TransformersEngine(RolloutEngine):
     Args:
         policy: An ``nn.Module`` with the :class:`~lightning_onpolicy.datamodules.engines.Decoder` methods,
             e.g. ``modules.Policy``. If it has ``max_positions``, requests beyond it are refused.
-        tokenizer: Decodes the tail of responses to find stop strings; only needed for ``sampling.stop``.
+        tokenizer: Decodes the tail of responses to find stop strings; only needed for ``sampling.stop``. Default: the
+            policy's own, if it has one.
         max_rows: Samples decoded at once.
         max_cache_tokens: Positions (prompt and response at full length) the cache may hold, over all rows;
             lowers the number of rows where prompts or responses are long. Default: only ``max_rows`` counts.
@@ -83,7 +84,8 @@ class TransformersEngine(RolloutEngine):
         for key, value in limits.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{key} must be positive, got {value}.")
-        self.policy, self.tokenizer = policy, tokenizer
+        self.policy = policy
+        self.tokenizer = getattr(policy, "tokenizer", None) if tokenizer is None else tokenizer
         self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
         self.max_prefill_tokens, self.deadline_s, self.lockstep = max_prefill_tokens, deadline_s, lockstep
         self.version = 0

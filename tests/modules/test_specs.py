@@ -10,6 +10,7 @@ import pytest
 import lightning_onpolicy.modules as modules
 from lightning_onpolicy.modules import policy, specs
 from lightning_onpolicy.modules.specs import LoraSpec, ModelSpec
+from lightning_onpolicy.modules.supervised import SupervisedFineTune
 
 
 @pytest.mark.parametrize("name", ["LoraSpec", "ModelSpec"])
@@ -36,3 +37,18 @@ def test_a_spec_comes_back_from_its_plain_dict() -> None:
 def test_wrong_settings_are_named(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ModelSpec(**settings)
+
+
+def test_a_quantised_student_needs_adapters() -> None:
+    """Catches: a run that trains norms and embeddings alone, because nothing else has a gradient."""
+    with pytest.raises(ValueError, match=r"student.quantize='4bit' needs student.lora"):
+        SupervisedFineTune(ModelSpec("x", quantize="4bit"))
+    SupervisedFineTune(ModelSpec("x", quantize="4bit", lora=LoraSpec(r=2)))
+
+
+def test_random_weights_of_a_model_that_is_not_there_are_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="model 'nobody/nothing' cannot be loaded"):
+        ModelSpec("nobody/nothing", from_scratch=True).load_model()
