@@ -23,6 +23,7 @@ from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
 def derive_seed(*parts: object) -> int:
@@ -97,9 +98,20 @@ class RolloutMaker:
         ]
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name."""
+        """Every reward's scores, by name.
+
+        Raises:
+            ValueError: If a reward does not return one score per completion; the message names it.
+        """
         with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            return {name: reward.score(groups) for name, reward in self.rewards.items()}
+            parts = {name: reward.score(groups) for name, reward in self.rewards.items()}
+        sizes = [len(group.completions) for group in groups]
+        for name, scores in parts.items():
+            if (given := [len(s) for s in scores]) != sizes:
+                raise ValueError(
+                    f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
+                )
+        return parts
 
     def total(
         self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
@@ -139,10 +151,8 @@ class RolloutMaker:
                 close()
 
 
-class RolloutLoader:
+class RolloutLoader(StreamLoader):
     """A sized, resumable loader of on-policy batches: it samples when asked, so no batch is ever stale.
-
-    The length matters: without it Lightning prefetches one batch, and every rollout is one update behind.
 
     Args:
         stream: Where prompts come from.
@@ -167,43 +177,20 @@ class RolloutLoader:
         off_policy: Callable[[Sequence[Prompt], int], list[Group]] | None = None,
         on_policy_fraction: float = 1.0,
     ) -> None:
-        if prompts_per_batch < 1 or steps < 1:
-            raise ValueError(
-                f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}."
-            )
+        super().__init__(stream, prompts_per_batch, steps)
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {on_policy_fraction}.")
         if on_policy_fraction < 1 and off_policy is None:
             raise ValueError(
                 "on_policy_fraction < 1 needs off_policy: where the other completions come from."
             )
-        self.stream, self.maker = stream, maker
-        self.prompts_per_batch, self.steps = prompts_per_batch, steps
-        self.seed, self.rank = seed, rank
+        self.maker, self.seed, self.rank = maker, seed, rank
         self.off_policy, self.on_policy_fraction = off_policy, on_policy_fraction
-        self.batches_made = 0
-        self._position = 0
-        self._resumed = False
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        """Batches until the epoch's end; after ``load_state_dict`` those that were still to come."""
-        if not self._resumed or self._position >= self.steps:
-            self._position = 0
-        self._resumed = False
-        while self._position < self.steps:
-            batch = self.make()
-            self._position += 1
-            yield batch
-
-    def make(self) -> RolloutBatch:
-        """The next batch."""
+    def batch_of(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """Rollouts for the prompts, or for the first of them and off-policy responses for the others."""
         seed = derive_seed(self.seed, self.rank, self.batches_made)
         own = self._own_count()
-        self.batches_made += 1
-        prompts = self.stream.take(self.prompts_per_batch)
         groups = self.maker.sample(prompts[:own], seed)
         if own < len(prompts):
             assert self.off_policy is not None
@@ -218,21 +205,6 @@ class RolloutLoader:
         wanted = self.on_policy_fraction * self.prompts_per_batch
         chance = derive_seed("lambda", self.seed, self.batches_made) / 2**63
         return int(wanted) + (chance < wanted - int(wanted))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and in the prompt stream."""
-        return {
-            "batches_made": self.batches_made,
-            "position": self._position,
-            "stream": self.stream.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.batches_made = int(state["batches_made"])
-        self._position = int(state["position"])
-        self.stream.load_state_dict(state["stream"])
-        self._resumed = True
 
 
 class EvaluationLoader:
@@ -259,6 +231,10 @@ class EvaluationLoader:
     ) -> None:
         if not prompts:
             raise ValueError("there are no evaluation prompts on this rank.")
+        if prompts_per_batch < 1:
+            raise ValueError(
+                f"prompts_per_batch of an evaluation (eval_prompts_per_batch) must be >= 1, got {prompts_per_batch}."
+            )
         self.prompts, self.maker = prompts, maker
         self.prompts_per_batch, self.seed, self.rank = prompts_per_batch, seed, rank
         self.counted = list(counted) if counted is not None else [True] * len(prompts)
