@@ -212,9 +212,13 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 "truncated": (~batch.finished[own]).double(),
                 "policy_lag": (self.policy_version - batch.policy_version[own]).double(),
                 **{f"reward/{k}": v[own & ~v.isnan()] for k, v in batch.reward_parts.items()},
+                **{f"groups/{k}": torch.tensor(v, device=self.device) for k, v in batch.counts.items()},
             }
         )
-        return tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        if "groups/sampled" in metrics:  # both are means over ranks
+            metrics["groups/varying_share"] = metrics["groups/varying"] / metrics["groups/sampled"]
+        return metrics
 
     def report(self, stage: str, metrics: Mapping[str, float], batch: RolloutBatch) -> dict[str, float]:
         """Log metrics under ``stage/``; the effective sample size is derived here from summed moments.
