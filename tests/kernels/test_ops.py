@@ -21,7 +21,7 @@ def close(a, b, tolerance=1e-11):
         torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
 
 
-def problem(case, *, kept=5, teacher=True, soft_cap=None):
+def problem(case, *, kept=5, teacher=True, soft_cap=None, mask=None):
     head = case.options["teacher"]
     return ops.Problem(
         hidden=case.hidden,
@@ -32,6 +32,7 @@ def problem(case, *, kept=5, teacher=True, soft_cap=None):
         teacher_hidden=head.hidden if teacher else None,
         teacher_weight=head.weight if teacher else None,
         teacher_bias=head.bias if teacher else None,
+        mask=mask,
         soft_cap=soft_cap,
         logit_scale=1.0,
         teacher_soft_cap=None,
