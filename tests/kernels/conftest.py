@@ -61,7 +61,7 @@ class Case:
         options = {**self.options, "mask": mask, "ids": spoil(self.options["ids"], -7)}
         teacher, topk = options["teacher"], options["topk"]
         options["teacher"] = replace(teacher, hidden=spoil(teacher.hidden, torch.inf))
-        options["topk"] = TopK(spoil(topk.ids, 10**6), spoil(topk.logps, torch.nan))
+        options["topk"] = TopK(spoil(topk.ids, 10**6), spoil(topk.logps, 3.0))
         if isinstance(options["temperature"], Tensor):
             options["temperature"] = spoil(options["temperature"], 0.0)
         return Case(spoil(self.hidden, torch.nan), self.weight, spoil(self.targets, -100), options)

@@ -37,13 +37,10 @@ def test_more_logits_than_int32_counts():
     targets = torch.arange(N) % V
     targets[-1] = V - 1
     with torch.no_grad():
-        got = token_stats(hidden, weight, targets, outputs=("logp", "argmax"))
+        got = token_stats(hidden, weight, targets)
     some = torch.tensor([0, 1, N // 2, 2**16 - 1, N - 2, N - 1])
-    want = reference.token_stats(
-        hidden[some].double(), weight.double(), targets[some], outputs=("logp", "argmax")
-    )
+    want = reference.token_stats(hidden[some].double(), weight.double(), targets[some])
     torch.testing.assert_close(got.logp[some].double(), want.logp, atol=2e-6, rtol=1e-6)
-    assert torch.equal(got.argmax[some], want.argmax)
     assert got.logp.isfinite().all()
 
 
