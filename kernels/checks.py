@@ -24,6 +24,7 @@ def check(
     ids: Tensor | None,
     teacher: TeacherHead | None,
     topk: TopK | None,
+    mask: Tensor | None,
     beta: float,
     alpha: float,
     budget_bytes: int,
@@ -42,6 +43,10 @@ def check(
     size = _head("", weight, bias, vocab_size, H, hidden)
     _ids("targets", targets, (N,), hidden)
     _ids("ids", ids, (N, None), hidden)
+    if mask is not None:
+        if mask.shape != (N,) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool [N={N}], is {mask.dtype} {list(mask.shape)}.")
+        _same_device("mask", mask, hidden)
     if topk is not None:
         _ids("topk.ids", topk.ids, (N, None), hidden)
         if topk.logps.shape != topk.ids.shape:

@@ -39,6 +39,7 @@ def token_stats(
     ids: Tensor | None = None,
     teacher: TeacherHead | None = None,
     topk: TopK | None = None,
+    mask: Tensor | None = None,
     beta: float = 0.5,
     alpha: float = 0.1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
@@ -64,8 +65,8 @@ def token_stats(
     Args:
         hidden: ``[N, H]`` last hidden states, after the final norm; floating point.
         weight: ``[V, H]`` output head.
-        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: drop masked tokens first.
-            Ids outside the vocabulary raise on the CPU and give NaN elsewhere.
+        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: see ``mask``. Ids outside the
+            vocabulary raise on the CPU and give NaN elsewhere.
         outputs: Names of statistics to compute, in the order they come back.
         bias: ``[V]``, added after the scale. Ids with a bias of -inf have probability 0.
         temperature: Positive float or ``[N]`` tensor, applied to student and teacher; gets no gradient.
@@ -75,6 +76,10 @@ def token_stats(
         ids: ``[N, K]`` int64, needed by ``logp_at_ids``.
         teacher: White-box teacher, needed by the divergences over the full vocabulary.
         topk: Teacher log-probabilities at K ids, needed by the top-k divergences.
+        mask: ``[N]`` bool. Rows that are False are never computed, whatever their hidden states, ids,
+            temperature and teacher hold: they come back as 0 in every output and get no gradient. All other
+            arguments keep their N rows. Counting the rows waits for the device, once forward and once backward;
+            callers that must not wait drop rows themselves.
         beta: Teacher share of the JSD mixture, in (0, 1). Towards 0 and 1 the JSD vanishes: its limits are
             not the KLs, which are outputs of their own.
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
@@ -111,10 +116,14 @@ def token_stats(
         ids=ids,
         teacher=teacher,
         topk=topk,
+        mask=mask,
         beta=beta,
         alpha=alpha,
         budget_bytes=budget_bytes,
     )
+    if topk is not None and mask is not None:
+        # No support: both tails are everything, and the divergence is 0 in value and gradient.
+        topk = replace(topk, logps=topk.logps.masked_fill(~mask.unsqueeze(1), -torch.inf))
     needs_teacher = any(name in TEACHER_OUTPUTS for name in outputs)
     used = teacher if needs_teacher else None
     index, columns = _index(outputs, targets, ids, topk)
@@ -142,6 +151,7 @@ def token_stats(
         teacher_hidden=None if used is None else used.hidden.detach(),
         teacher_weight=None if used is None else used.weight.detach(),
         teacher_bias=None if used is None or used.bias is None else used.bias.detach(),
+        mask=mask,
         soft_cap=soft_cap,
         logit_scale=logit_scale,
         teacher_soft_cap=None if used is None else used.soft_cap,
