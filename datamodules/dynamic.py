@@ -4,8 +4,8 @@ A group whose rewards are all equal has no advantage, so it costs time and dilut
 counts is the raw task reward of the whole group, before shaping, and whether it varies at all: a standard deviation
 would take float noise for a signal, and a mean would drop partial credit.
 
-All ranks sample equally many rounds, because where a forward pass is a collective they must; a rank that has more than it
-needs carries the surplus over. Fresh groups go first, so what is carried fills gaps only and is never older than
+All ranks sample equally many rounds, because where a forward pass is a collective they must; a rank that has more than
+it needs carries the surplus over. Fresh groups go first, so what is carried fills gaps only and is never older than
 ``max_age`` batches; ``policy_lag`` in the metrics shows it.
 """
 

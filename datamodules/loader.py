@@ -232,7 +232,7 @@ class RolloutLoader(StreamLoader):
         return self.maker.collate(groups)
 
     def _varying(self, refill: Refill, prompts: Sequence[Prompt]) -> RolloutBatch:
-        """Groups whose rewards vary, as many as there are prompts, from these prompts and as many others as it takes."""
+        """As many groups whose rewards vary as there are prompts, from these prompts and others."""
         last: list[ScoredGroup] = []
 
         def sample(number: int) -> list[ScoredGroup]:
