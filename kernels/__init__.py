@@ -6,15 +6,20 @@ if not __name__.startswith("lightning_onpolicy."):  # found through the reposito
     )
 
 from lightning_onpolicy.kernels import reference
+from lightning_onpolicy.kernels.gathering import RankTokens, gathered_token_stats
 from lightning_onpolicy.kernels.heads import LogProbHead, linear_log_prob
+from lightning_onpolicy.kernels.sharding import VocabShard
 from lightning_onpolicy.kernels.spec import TeacherHead, TokenStats, TopK
 from lightning_onpolicy.kernels.token_stats import token_stats
 
 __all__ = [
     "LogProbHead",
+    "RankTokens",
     "TeacherHead",
     "TokenStats",
     "TopK",
+    "VocabShard",
+    "gathered_token_stats",
     "linear_log_prob",
     "reference",
     "token_stats",
