@@ -57,7 +57,13 @@ def check(
         _matrix("teacher.hidden", teacher.hidden, (N, None))
         _same_device("teacher.hidden", teacher.hidden, hidden)
         teacher_size = _head(
-            "teacher.", teacher.weight, teacher.bias, teacher.vocab_size, teacher.hidden.shape[1], hidden, least
+            "teacher.",
+            teacher.weight,
+            teacher.bias,
+            teacher.vocab_size,
+            teacher.hidden.shape[1],
+            hidden,
+            least,
         )
         if vocab_size is not None and teacher.vocab_size is None:
             teacher_size = min(teacher_size, vocab_size)

@@ -116,7 +116,7 @@ class RankTokens:
         out = {name: stats[name][rows] for name in stats if name in METRIC_OUTPUTS}
         # Side by side, so that one backward node sends all upstream gradients in one collective, whichever of
         # the outputs this rank's loss reads.
-        columns = {name: stats[name].reshape(len(stats[name]), -1) for name in stats if name not in out}
+        columns = {name: x if x.ndim == 2 else x.unsqueeze(1) for name, x in stats.items() if name not in out}
         if columns:
             own = own_rows_op(torch.cat(list(columns.values()), 1), self.group, self.rank, list(self.counts))
             parts = own.split([x.shape[1] for x in columns.values()], 1)

@@ -78,8 +78,8 @@ class Reduction:
         return Moments(m, teacher_m=teacher_m[0] if teacher_m else None, argmax=argmax, **whole), picked_NK
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over ranks of tensors of one shape, in one collective."""
-        return list(self._reduce(torch.stack(list(parts)), "sum").unbind(0))
+        """Sums over ranks of tensors of one shape, in one collective; of separate memory, as outputs must be."""
+        return [x.clone() for x in self._reduce(torch.stack(list(parts)), "sum")]
 
     def sum_(self, x: Tensor) -> None:
         """Sum the contiguous ``x`` over ranks in place."""

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,9 @@ class VocabShard:
     def __post_init__(self) -> None:
         _check_bounds(self.bounds)
         if not 0 <= self.rank < len(self.bounds) - 1:
-            raise ValueError(f"bounds are those of {len(self.bounds) - 1} ranks; there is no rank {self.rank}.")
+            raise ValueError(
+                f"bounds are those of {len(self.bounds) - 1} ranks; there is no rank {self.rank}."
+            )
 
     @classmethod
     def from_rows(
@@ -99,7 +101,9 @@ class VocabShard:
         """
         member = join(group)
         if len(bounds) != member.ranks + 1:
-            raise ValueError(f"bounds must have {member.ranks + 1} entries for {member.ranks} ranks: {bounds}.")
+            raise ValueError(
+                f"bounds must have {member.ranks + 1} entries for {member.ranks} ranks: {bounds}."
+            )
         return cls(member.group, member.rank, tuple(bounds), verify)
 
     @classmethod
@@ -149,27 +153,29 @@ class VocabShard:
         """How many of this rank's rows belong to a true vocabulary of ``total`` ids."""
         return max(0, min(self.stop, total) - self.start)
 
-    def local(self, name: str, x: Tensor, total: int) -> Tensor:
+    def local(self, name: str, x: Tensor, total: int, *, exact: bool = True) -> Tensor:
         """This rank's rows of a weight or bias: ``x`` itself, or the local part of a DTensor.
 
         Args:
             name: What ``x`` is, for errors.
             x: Rows of this rank, or a DTensor sharded like ``bounds``.
-            total: True vocabulary size; rows of padding may differ.
+            total: True vocabulary size.
+            exact: Whether rows of padding must be cut like ``bounds`` too.
 
         Raises:
             ValueError: If ``x`` holds other rows; the message names the rank.
         """
         if _is_dtensor(x):
             bounds = _rows_of(x)
-            if [min(b, total) for b in bounds] != [min(b, total) for b in self.bounds]:
+            limit = self.bounds[-1] if exact else total
+            if [min(b, limit) for b in bounds] != [min(b, limit) for b in self.bounds]:
                 raise ValueError(
                     f"{name} is cut at rows {bounds}, shard at {self.bounds}: redistribute it, or make the shard "
                     "from it."
                 )
             x = x.to_local()
         rows, want = x.shape[0], self.stop - self.start
-        if rows != want and (self.stop < total or rows < self.own_size(total)):
+        if rows != want and (exact or self.stop < total or rows < self.own_size(total)):
             raise ValueError(
                 f"{name} has {rows} rows on rank {self.rank}, whose shard is ids [{self.start}, {self.stop})."
             )
@@ -185,14 +191,13 @@ class VocabShard:
             raise ValueError(
                 f"student and teacher must share one vocabulary: sizes are {total} and {teacher.vocab_size}."
             )
-        return replace(
-            teacher,
-            weight=self.local("teacher.weight", teacher.weight, total),
-            bias=None if teacher.bias is None else self.local("teacher.bias", teacher.bias, total),
-            vocab_size=self.own_size(total),
-        )
+        weight = self.local("teacher.weight", teacher.weight, total, exact=False)
+        bias = None if teacher.bias is None else self.local("teacher.bias", teacher.bias, total, exact=False)
+        return replace(teacher, weight=weight, bias=bias, vocab_size=self.own_size(total))
 
-    def verify_same(self, device: torch.device, facts: Mapping[str, int | float | str | Tensor | None]) -> None:
+    def verify_same(
+        self, device: torch.device, facts: Mapping[str, int | float | str | Tensor | None]
+    ) -> None:
         """Compare facts over the ranks, in one collective, if ``verify`` says so.
 
         Args:
@@ -225,7 +230,7 @@ def _check_bounds(bounds: tuple[int, ...]) -> None:
         raise ValueError(f"bounds must rise from 0 to the number of rows, got {bounds}.")
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def _is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
     # DTensors exist only in a process group; importing them takes longer than all else here.
     if type(x) in (Tensor, torch.nn.Parameter):
         return False

@@ -233,7 +233,9 @@ def _facts(names: Sequence[str], problem: Problem) -> dict[str, int | float | st
         "targets, ids or topk.ids": p.index,
         "temperature": p.temperature,
         "teacher.hidden": p.teacher_hidden,
-        "options": repr((p.soft_cap, p.logit_scale, p.teacher_soft_cap, p.teacher_logit_scale, p.beta, p.alpha)),
+        "options": repr(
+            (p.soft_cap, p.logit_scale, p.teacher_soft_cap, p.teacher_logit_scale, p.beta, p.alpha)
+        ),
     }
 
 
