@@ -11,6 +11,8 @@ statistics. With the loss ``Σ_r L_r`` over ranks, where ``L_r`` reads the stati
 
 Gradients are therefore those of one process with all tokens and the loss ``Σ_r L_r``: of the hidden states on
 the rank that brought them, of the weight's rows on the rank that holds them, needing no further reduction.
+Autograd runs the backward nodes of several calls in the reverse order of the calls, whatever the losses made of
+them, so that ranks meet in the same exchange.
 
 Legend: ``N`` tokens of this rank, ``M`` tokens of all ranks, ``H`` hidden size, ``K`` ids per token.
 """

@@ -167,7 +167,7 @@ def sweep_backward(
     grad_weight = weight.new_empty(weight.shape if wanted.weight else (0,))
     grad_bias = hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=acc)
     if wanted.hidden and not tiling.columns:
-        grad_hidden.zero_()
+        grad_hidden.zero_()  # a rank without ids of its own: no slice will write it
     if wanted.weight:
         grad_weight[tiling.columns if tiling.rows else 0 :].zero_()
     for part in tiling.slices():

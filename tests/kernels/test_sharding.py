@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks_shards as shards
+import shard_problems as problems
+import shard_scenarios as scenarios
 import torch
 
 from lightning_onpolicy.kernels import VocabShard, token_stats
 from lightning_onpolicy.kernels.spec import OUTPUTS
 
-SCRIPT = Path(shards.__file__)
-ONE = shards.World(0, 1)
+SCRIPT = Path(problems.__file__).with_name("ranks_shards.py")
+ONE = problems.World(0, 1)
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of a world found."""
     ranks, folder = request.param, tmp_path_factory.mktemp("world")
-    env = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder)] for rank in range(ranks)]
     started = [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
@@ -38,7 +42,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             process.kill()
     # The first to fail says why; the others say that their peer is gone.
     assert all(process.returncode == 0 for process in started), "\n".join(e[-3000:] for e in errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def close(a, b, tolerance=1e-11):
@@ -53,9 +57,9 @@ def whole(found: list[dict], number: int = 0) -> list[torch.Tensor]:
 
 def compare(answers: list[dict], name: str, tolerance: float) -> None:
     ranks = len(answers)
-    for i, spec in enumerate(shards.specs(ranks)[name]):
+    for i, spec in enumerate(problems.specs(ranks)[name]):
         found = [answer[name][i] for answer in answers]
-        want = shards.solve(spec, ONE)
+        want = problems.solve(spec, ONE)
         for rank in range(ranks):
             assert list(found[rank]["stats"]) == list(spec.outputs)
             for key, value in found[rank]["stats"].items():
@@ -79,9 +83,9 @@ def test_float32(answers):
 
 def test_ranks_with_tokens_of_their_own(answers):
     """Equal to one process with all tokens, for different counts, none on some ranks included."""
-    for i, spec in enumerate(shards.specs(len(answers))["gathered"]):
+    for i, spec in enumerate(problems.specs(len(answers))["gathered"]):
         found = [answer["gathered"][i] for answer in answers]
-        want = shards.solve(spec, ONE)
+        want = problems.solve(spec, ONE)
         for name in OUTPUTS:
             close(torch.cat([x["stats"][name] for x in found]), want["stats"][name])
         assert [len(x["grads"][0]) for x in found] == list(spec.counts)
@@ -92,7 +96,7 @@ def test_ranks_with_tokens_of_their_own(answers):
 def test_ranks_may_read_different_outputs_of_their_tokens(answers):
     """Each rank's loss reads other outputs, one rank has no tokens, two calls are in one graph: no deadlock."""
     found = [answer["own_loss"]["grads"] for answer in answers]
-    close([torch.cat(parts) for parts in zip(*found, strict=True)], shards.expected_own_loss(len(answers)))
+    close([torch.cat(parts) for parts in zip(*found, strict=True)], scenarios.expected_own_loss(len(answers)))
     for rank, answer in enumerate(answers):
         assert f"rank {rank} brings 9 rows" in answer["own_loss"]["wrong count"]
 
@@ -104,7 +108,7 @@ def test_argmax_takes_the_first_of_equals_over_ranks(answers):
 
 def test_ranks_far_apart(answers):
     """Logits 2e4 apart between ranks, and all ids of a rank masked: finite, and as in one process."""
-    want = shards.far(ONE)
+    want = scenarios.far(ONE)
     for answer in answers:
         for key, (value,) in want.items():
             for got in answer["far"][key]:
@@ -120,7 +124,7 @@ def test_ids_outside_the_vocabulary(answers):
 
 def test_half_precision_gradients_are_summed_before_rounding(answers):
     """The hidden states' bfloat16 gradient is that of one process up to the last bit, whichever way it rounds."""
-    want = shards.half(ONE)["grad"]
+    want = scenarios.half(ONE)["grad"]
     for answer in answers:
         torch.testing.assert_close(answer["half"]["grad"], want, atol=1e-6, rtol=2**-7)
         assert float((answer["half"]["grad"] != want).float().mean()) < 0.01
@@ -128,7 +132,7 @@ def test_half_precision_gradients_are_summed_before_rounding(answers):
 
 def test_sharded_parameters(answers):
     """FSDP2's and distribute_tensor's DTensors, fewer rows than ranks need included, teacher alike."""
-    want = shards.dtensors(ONE)
+    want = scenarios.dtensors(ONE)
     for answer in answers:
         for name, one in want.items():
             close(list(answer["dtensors"][name]["stats"].values()), list(one["stats"].values()))
@@ -139,7 +143,7 @@ def test_bounds(answers):
     ranks = len(answers)
     for answer in answers:
         found = answer["shards"]
-        assert found["rows"] == found["starts"] == shards.BOUNDS[ranks][1]
+        assert found["rows"] == found["starts"] == problems.BOUNDS[ranks][1]
         assert "rank 1 starts at id" in found["gap"]
         assert f"{ranks + 1} entries for {ranks} ranks" in found["too many"]
         assert "rise from 0" in found["falling"]
@@ -191,7 +195,7 @@ def test_collectives_do_not_depend_on_the_vocabulary(answers):
 
 
 def test_gradients_are_computed_where_wanted(answers):
-    case = shards.build(V=23)
+    case = problems.build(V=23)
     token_stats(case.hidden, case.weight, case.targets).logp.sum().backward()
     close(whole([a["frozen"] for a in answers]), [case.hidden.grad, case.weight.grad])
     for answer in answers:
@@ -207,7 +211,7 @@ def test_no_tokens_anywhere(answers):
 
 def test_groups_do_not_mix(answers):
     for rank, answer in enumerate(answers):
-        case = shards.build(N=3 + rank // 2, V=23, seed=rank // 2)
+        case = problems.build(N=3 + rank // 2, V=23, seed=rank // 2)
         token_stats(case.hidden, case.weight.detach(), case.targets).logp.sum().backward()
         close(answer["two_groups"]["grad"], case.hidden.grad)
         if len(answers) == 4:
