@@ -16,7 +16,14 @@ from shard_problems import World, solve, specs
 from lightning_onpolicy.kernels import tiles
 
 SCENARIOS = (
-    *(scenarios.ties, scenarios.far, scenarios.outside, scenarios.dtensors, scenarios.own_loss),
+    *(
+        scenarios.ties,
+        scenarios.far,
+        scenarios.outside,
+        scenarios.dtensors,
+        scenarios.model,
+        scenarios.own_loss,
+    ),
     *(scenarios.frozen, scenarios.empty, scenarios.half, scenarios.compiled, scenarios.two_groups),
     *(contracts.shards, contracts.disagreements, contracts.misfit_teacher, contracts.traffic, contracts.gone),
 )
@@ -29,7 +36,7 @@ def main(world: World, folder: Path) -> None:
         init_method=f"file://{folder / 'store'}",
         rank=world.rank,
         world_size=world.ranks,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )
     # Tiles of 4 rows and 5 ids: ragged both ways, and several on every rank.
     tiles.CPU_ROWS, tiles.CPU_ELEMENTS, tiles.MIN_COLUMNS = 4, 1, 5

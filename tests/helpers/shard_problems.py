@@ -75,9 +75,10 @@ def specs(ranks: int) -> dict[str, list[Spec]]:
     """Lists of problems by test."""
     pairs = list(product(BOUNDS[ranks], FEATURES))
     budgets = [BUDGETS[i % len(BUDGETS)] for i in range(len(pairs))]
+    cuts = (*BOUNDS[ranks], BOUNDS[ranks][0])
     alone = [
-        Spec(*pairs[(7 * i) % len(pairs)], (name,), BUDGETS[i % 3])
-        for i, name in enumerate(n for n in DIFFERENTIABLE for _ in range(4))
+        Spec(bounds, FEATURES[(i + j) % len(FEATURES)], (name,), BUDGETS[(i + j) % len(BUDGETS)])
+        for (i, name), (j, bounds) in product(enumerate(DIFFERENTIABLE), enumerate(cuts))
     ]
     return {
         "alone": alone,

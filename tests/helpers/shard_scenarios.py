@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_onpolicy.kernels import (
     LogProbHead,
     RankTokens,
+    TokenStats,
     VocabShard,
     gathered_token_stats,
     gathering,
@@ -123,6 +124,45 @@ def dtensors(world: World) -> dict[str, Any]:
         grads = [x.grad.full_tensor() if shard else x.grad for x in (weight, bias)]
         out[name] = {"stats": {k: x.detach() for k, x in stats.items()}, "grads": [hidden.grad, *grads]}
     return out
+
+
+class TinyModel(nn.Module):
+    """A body under FSDP2 and a head in an FSDP2 group of its own, which nothing ever gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.body = nn.Sequential(nn.Embedding(V, 6), nn.Linear(6, 6), nn.Tanh()).double()
+        self.head = LogProbHead(nn.Parameter(torch.randn(V, 6, dtype=torch.float64)))
+
+    def forward(self, ids: Tensor, world: World) -> TokenStats:
+        if world.ranks == 1:
+            return token_stats(self.body(ids), self.head.weight, ids, outputs=("logp", "entropy"))
+        assert self.head.weight.to_local().shape[0] < V
+        shard = VocabShard.from_dtensor(self.head.weight)
+        return gathered_token_stats(
+            self.body(ids), self.head.weight, ids, outputs=("logp", "entropy"), shard=shard
+        )
+
+
+def model(world: World, ranks: int | None = None) -> dict[str, Any]:
+    """Two backward passes of a model under FSDP2 whose ranks have 2, 3, … tokens of their own; or of one that has
+    the tokens of ``ranks`` ranks.
+    """
+    net, edges = TinyModel(), (0, *accumulate(range(2, 2 + (ranks or world.ranks))))
+    ids = torch.arange(edges[-1]) * 5 % V
+    if world.ranks > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (net.body, net.head, net):
+            # The head's gradient comes as a sum over ranks, so the body's must too.
+            fully_shard(part).set_gradient_divide_factor(1.0)
+        ids = ids[world.ids(edges)]
+    for _ in range(2):
+        stats = net(ids, world)
+        (stats.logp.square() + stats.entropy * stats.logp.detach()).sum().backward()
+    grads = {k: p.grad for k, p in net.named_parameters()}
+    return {k: g.full_tensor() if world.ranks > 1 else g for k, g in grads.items()}
 
 
 def own_loss(world: World) -> dict[str, Any]:

@@ -139,6 +139,13 @@ def test_sharded_parameters(answers):
             close(answer["dtensors"][name]["grads"], one["grads"])
 
 
+def test_model_under_fsdp2(answers):
+    """The body's gradients through FSDP2's hooks, the head's through none, equal one process with all tokens."""
+    want = scenarios.model(ONE, len(answers))
+    for answer in answers:
+        close(answer["model"], want)
+
+
 def test_bounds(answers):
     ranks = len(answers)
     for answer in answers:
