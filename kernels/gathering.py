@@ -111,7 +111,7 @@ class RankTokens:
             stats: Statistics of all M tokens.
 
         Returns:
-            Those of this rank's N tokens; differentiable outputs depend on each other's backward pass.
+            Those of this rank's N tokens.
         """
         first = sum(self.counts[: self.rank])
         rows = slice(first, first + self.counts[self.rank])

@@ -29,14 +29,20 @@ def shards(world: World) -> dict[str, Any]:
         "gap": message(lambda: VocabShard.from_rows(rows, start=bounds[world.rank] + world.rank)),
         "too many": message(lambda: VocabShard.from_bounds((*bounds, V))),
         "falling": message(lambda: VocabShard.from_bounds((0, V, *range(world.ranks - 1)))),
+        "counts": message(lambda: RankTokens.from_counts([3] * (world.ranks - 1))),
         "plain": message(lambda: VocabShard.from_dtensor(torch.ones(3, 3))),
     }
     for size in (1, 3, 5, V, 24):
         weight = distribute_tensor(torch.ones(size, 2), mesh, [Shard(0)])
         shard = VocabShard.from_dtensor(weight)
         out["dtensors"].append((shard.start, shard.stop, weight.to_local().shape[0]))
-    for key, placement in (("columns", Shard(1)), ("whole", Replicate())):
-        weight = distribute_tensor(torch.ones(V, 2), mesh, [placement])
+    square = init_device_mesh("cpu", (world.ranks // 2, 2))
+    for key, where, placements in (
+        ("columns", mesh, [Shard(1)]),
+        ("whole", mesh, [Replicate()]),
+        ("square", square, [Replicate(), Shard(0)]),
+    ):
+        weight = distribute_tensor(torch.ones(V, 2), where, placements)
         out[key] = message(lambda weight=weight: VocabShard.from_dtensor(weight))
     return out
 
@@ -79,7 +85,7 @@ def disagreements(world: World) -> dict[str, Any]:
 
 
 def misfit_teacher(world: World) -> dict[str, Any]:
-    """A teacher's DTensor cut elsewhere because it is longer: refused, unless only padding differs."""
+    """A teacher's DTensor cut elsewhere because it is longer is refused; rows that only lack padding are not."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -87,17 +93,16 @@ def misfit_teacher(world: World) -> dict[str, Any]:
     case = build(V=24, size=19)
     student = distribute_tensor(case.weight.detach(), mesh, [Shard(0)])
     shard = VocabShard.from_dtensor(student)
-    longer = torch.cat((case.options["teacher"].weight, torch.zeros(12, 4).double()))
-    teacher = TeacherHead(
-        case.options["teacher"].hidden, distribute_tensor(longer, mesh, [Shard(0)]), vocab_size=19
-    )
-    return {
-        "message": message(
-            lambda: token_stats(
-                case.hidden, student, outputs=("jsd",), teacher=teacher, vocab_size=19, shard=shard
-            )
-        )
-    }
+    teacher = case.options["teacher"]
+    longer = torch.cat((teacher.weight, torch.zeros(12, 4).double()))
+    teacher = replace(teacher, weight=distribute_tensor(longer, mesh, [Shard(0)]), vocab_size=19)
+    unpadded = replace(teacher, weight=longer[:19][slice(shard.start, shard.stop)])
+
+    def jsd(teacher: TeacherHead) -> Tensor:
+        options = {"outputs": ("jsd",), "vocab_size": 19, "beta": case.options["beta"], "shard": shard}
+        return token_stats(case.hidden, student, teacher=teacher, **options).jsd.detach()
+
+    return {"message": message(lambda: jsd(teacher)), "jsd": jsd(unpadded)}
 
 
 def traffic(world: World) -> dict[str, Any]:

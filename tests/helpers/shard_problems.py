@@ -94,7 +94,7 @@ def specs(ranks: int) -> dict[str, list[Spec]]:
     }
 
 
-def solve(spec: Spec, world: World, **more: Any) -> dict[str, Any]:
+def solve(spec: Spec, world: World) -> dict[str, Any]:
     """Statistics, and gradients of random upstream gradients on all differentiable ones."""
     soft_cap, temperature, scale, bias, size = spec.features
     case = build(
@@ -106,10 +106,10 @@ def solve(spec: Spec, world: World, **more: Any) -> dict[str, Any]:
         size=size,
         dtype=spec.dtype,
     )
-    options = {**case.options, "budget_bytes": spec.budget, **more}
+    options = {**case.options, "budget_bytes": spec.budget}
     weights = upstream(case.run(token_stats, spec.outputs))
     if world.ranks == 1:
-        stats = case.run(token_stats, spec.outputs, **more)
+        stats = case.run(token_stats, spec.outputs)
         return with_gradients(stats, weights, case.hidden, case.weight, options["bias"])
     ids = world.ids(spec.bounds)
     weight = case.weight.detach()[ids].clone().requires_grad_()

@@ -155,7 +155,8 @@ def test_bounds(answers):
         assert f"{ranks + 1} entries for {ranks} ranks" in found["too many"]
         assert "rise from 0" in found["falling"]
         assert "VocabShard.from_rows" in found["plain"]
-        assert "Shard(0)" in found["columns"] and "Shard(0)" in found["whole"]
+        assert f"counts must be {ranks} numbers" in found["counts"]
+        assert all("over a 1-D mesh, Shard(0)" in found[key] for key in ("columns", "whole", "square"))
     for cuts in zip(*(answer["shards"]["dtensors"] for answer in answers), strict=True):
         assert all(stop - start == rows for start, stop, rows in cuts)
         assert all(a[1] == b[0] for a, b in pairwise(cuts))
@@ -176,6 +177,13 @@ def test_errors_name_the_rank_and_what_differs(answers):
         assert "sizes are 23 and 4" in found["teacher size"]
         assert "teacher.weight is cut at rows" in answer["misfit_teacher"]["message"]
         assert "is gone" in answer["gone"]["message"]
+
+
+def test_teachers_may_lack_the_padding(answers):
+    case = problems.build(V=24, size=19)
+    want = case.run(token_stats, ("jsd",)).jsd
+    for answer in answers:
+        close(answer["misfit_teacher"]["jsd"], want.detach())
 
 
 def test_collectives_do_not_depend_on_the_vocabulary(answers):
