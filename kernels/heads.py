@@ -86,7 +86,7 @@ class LogProbHead(nn.Module):
             targets: ``[N]`` int64 ids, needed by ``"logp"``.
             outputs: Names of statistics; default ``("logp",)`` where targets are given.
             **options: Passed to ``token_stats``: ``temperature``, ``ids``, ``teacher``, ``topk``, ``mask``,
-                ``beta``, ``alpha``, ``budget_bytes``.
+                ``beta``, ``alpha``, ``budget_bytes``, ``shard``.
 
         Returns:
             ``[..., V]`` in the dtype of ``hidden``, or :class:`TokenStats`.

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_onpolicy.kernels.coefficients import coefficients
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
 from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype
+from lightning_onpolicy.kernels.reduction import Reduction
 from lightning_onpolicy.kernels.sweep import Wanted, sweep_backward, sweep_forward
 from lightning_onpolicy.kernels.tile_logits import Heads
 from lightning_onpolicy.kernels.tiles import kept_columns, plan
@@ -30,7 +31,7 @@ _PROBLEM = """
     Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? mask,
     float? soft_cap, float logit_scale, float? teacher_soft_cap, float teacher_logit_scale,
     SymInt vocab_size, float beta, float alpha, ScalarType operand_dtype, ScalarType teacher_operand_dtype,
-    SymInt tile_elements, SymInt kept
+    SymInt tile_elements, SymInt kept, str? group, SymInt first_id, SymInt total_size
 """
 _N_TENSORS = 9
 
@@ -60,6 +61,10 @@ class Problem:
         teacher_operand_dtype: Dtype of the teacher product's operands.
         tile_elements: Elements of one workspace buffer.
         kept: Leading vocabulary ids whose logits are kept.
+        group: Process group over whose ranks the heads' rows are split, or None. The weights and biases are
+            then this rank's rows, and so are ``vocab_size`` and ``kept``.
+        first_id: Id of this rank's first row.
+        total_size: True vocabulary size over all ranks; used with ``group``.
     """
 
     hidden: Tensor
@@ -82,6 +87,9 @@ class Problem:
     teacher_operand_dtype: torch.dtype
     tile_elements: int
     kept: int
+    group: str | None = None
+    first_id: int = 0
+    total_size: int = 0
 
     def arguments(self) -> tuple[Any, ...]:
         """The fields, as the ops take them."""
@@ -114,6 +122,18 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """Dtype of logits and statistics."""
         return accumulation_dtype(self.operand_dtype)
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What completes the statistics over ranks, where the rows are split."""
+        if self.group is None:
+            return None
+        return Reduction(self.group, self.first_id, self.vocab_size, self.total_size)
+
+    @property
+    def own_index(self) -> Tensor | None:
+        """``index`` counted from this rank's first id."""
+        return self.index if self.index is None or self.first_id == 0 else self.index - self.first_id
 
     def stores(self) -> tuple[Tensor, Tensor]:
         """Uninitialised flat stores for the kept logits of student and teacher."""
@@ -204,13 +224,14 @@ def forward(outputs: str, *arguments: Any) -> list[Tensor]:
 
 def _statistics(problem: Problem, names: list[str], stores: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Outputs and state of a problem without mask; fills the stores."""
-    _check_ids(problem.index, problem.vocab_size)
+    _check_ids(problem.index, problem.vocab_size if problem.group is None else problem.total_size)
     if problem.hidden.shape[0] == 0:
         return problem.empty(names)
     # Operand dtypes are this library's choice (operand_dtype); autocast would round the operands again.
     with torch.autocast(problem.hidden.device.type, enabled=False):
         heads = problem.heads(stores, with_teacher=True)
-        out, state = sweep_forward(heads, names, problem.index, Mixing(problem.beta, problem.alpha))
+        mixing = Mixing(problem.beta, problem.alpha)
+        out, state = sweep_forward(heads, names, problem.own_index, mixing, problem.reduction)
         rows = torch.stack([state[name] for name in problem.state_names(names)])
     return [*(out[name] for name in names), rows]
 
@@ -270,12 +291,14 @@ def backward(
             problem.hidden,
             problem.weight,
             dict(zip(names, table, strict=True)),
-            problem.index if sparse is not None else None,
+            problem.own_index if sparse is not None else None,
             sparse,
             {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
             Mixing(problem.beta, problem.alpha),
             Wanted(want_hidden, want_weight, want_bias),
         )
+    if problem.reduction is not None and want_hidden:
+        problem.reduction.sum_(grad_hidden)
     if problem.bias is not None:
         # dz is the gradient of the unscaled product; the bias is added after the scale.
         grad_bias = grad_bias.div_(problem.logit_scale).to(problem.bias.dtype)

@@ -20,6 +20,7 @@ from lightning_onpolicy.kernels.checks import check
 from lightning_onpolicy.kernels.divergences import CURVED
 from lightning_onpolicy.kernels.head_logits import operand_dtype
 from lightning_onpolicy.kernels.ops import Problem, token_stats_op
+from lightning_onpolicy.kernels.sharding import VocabShard
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
 from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
 from lightning_onpolicy.kernels.topk import topk_kl
@@ -43,6 +44,7 @@ def token_stats(
     beta: float = 0.5,
     alpha: float = 0.1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Statistics of ``p = softmax(soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature)``.
 
@@ -87,6 +89,12 @@ def token_stats(
             pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
             recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each of two to
             eight buffers; its size depends neither on N nor on V.
+        shard: Where the heads' rows are split over ranks: this rank's share. ``weight``, ``bias`` and the
+            teacher's are then its rows (or DTensors so sharded), all else is the same on every rank, and
+            ``vocab_size`` counts the rows of all. Every rank gets the complete statistics and the complete
+            gradient of ``hidden``, and must run the backward pass with the same upstream gradients. Ranks
+            with tokens of their own use
+            :func:`~lightning_onpolicy.kernels.gathering.gathered_token_stats`.
 
     Returns:
         Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
@@ -102,7 +110,15 @@ def token_stats(
         >>> weight.grad.shape
         torch.Size([50, 8])
     """
-    teacher = _gather(teacher)
+    total = 0
+    if shard is None:
+        teacher = _gather(teacher)
+    else:
+        total = shard.true_size(vocab_size)
+        weight = shard.local("weight", weight, total)
+        bias = None if bias is None else shard.local("bias", bias, total)
+        teacher = None if teacher is None else shard.local_teacher(teacher, total)
+        vocab_size = shard.own_size(total)
     size = check(
         hidden,
         weight,
@@ -120,6 +136,7 @@ def token_stats(
         beta=beta,
         alpha=alpha,
         budget_bytes=budget_bytes,
+        sharded=shard is not None,
     )
     if topk is not None and mask is not None:
         # No support: both tails are everything, and the divergence is 0 in value and gradient.
@@ -165,7 +182,12 @@ def token_stats(
         else operand_dtype(used.hidden, used.weight, like=hidden),
         tile_elements=elements,
         kept=kept,
+        group=None if shard is None else shard.group,
+        first_id=0 if shard is None else shard.start,
+        total_size=total,
     )
+    if shard is not None and not torch.compiler.is_compiling():
+        shard.verify_same(hidden.device, _facts(names, problem))
     found = dict(zip(names, token_stats_op(",".join(names), *problem.arguments()), strict=False))
     picked = found.pop("index_logp", None)
     if picked is not None:
@@ -204,6 +226,28 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.new_full((hidden.shape[0],), temperature, dtype=dtype)
+
+
+def _facts(names: Sequence[str], problem: Problem) -> dict[str, int | float | str | Tensor | None]:
+    """What must be equal over the ranks of a shard, the shapes first."""
+    p = problem
+    return {
+        "outputs": ",".join(names),
+        "N (rows of hidden)": p.hidden.shape[0],
+        "H (width of hidden)": p.hidden.shape[1],
+        "K (ids per token)": 0 if p.index is None else p.index.shape[1],
+        "vocab_size": p.total_size,
+        "dtype": str(p.hidden.dtype),
+        "hidden.requires_grad": p.hidden.requires_grad and torch.is_grad_enabled(),
+        "hidden": p.hidden,
+        "targets, ids or topk.ids": p.index,
+        "mask": p.mask,
+        "temperature": p.temperature,
+        "teacher.hidden": p.teacher_hidden,
+        "options": repr(
+            (p.soft_cap, p.logit_scale, p.teacher_soft_cap, p.teacher_logit_scale, p.beta, p.alpha)
+        ),
+    }
 
 
 def _gather(teacher: TeacherHead | None) -> TeacherHead | None:
