@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_onpolicy.callbacks.protocol import WarnOnce
+from lightning_onpolicy.callbacks.protocol import StepMetrics, WarnOnce
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 
 Action = Literal["warn", "stop", "raise"]
@@ -106,7 +106,8 @@ class MismatchMonitor(Callback):
     """Acts when the trainer's probabilities of the sampled tokens leave the sampler's.
 
     Reads what the module logged: ``<prefix>kl`` (nats per token), ``<prefix>ess`` (effective sample size as a
-    share of the tokens; 1 is perfect) and ``<prefix>max_ratio``. NaN is beyond any limit.
+    share of the tokens; 1 is perfect) and ``<prefix>max_ratio``. NaN is beyond any limit; a step that has no value,
+    because the policy sampled none of its rows, neither ends nor lengthens a streak.
 
     Args:
         max_kl: Largest mean KL(μ‖p) per token; null does not look at it.
@@ -143,6 +144,7 @@ class MismatchMonitor(Callback):
         self.patience, self.action, self.prefix = patience, action, prefix
         self._streaks = dict.fromkeys(self.limits, 0)
         self._warn = WarnOnce("MismatchMonitor")
+        self._metrics = StepMetrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Steps beyond each limit so far."""
@@ -161,11 +163,15 @@ class MismatchMonitor(Callback):
             RuntimeError: If a limit was exceeded for ``patience`` steps and the action is ``raise``.
         """
         beyond: list[str] = []
+        metrics = self._metrics(trainer, outputs)
         for name, limit in self.limits.items():
-            if name not in trainer.callback_metrics:
-                self._warn(f"{type(pl_module).__name__} does not log {name!r}: this limit is not watched.")
+            if name not in metrics:
+                if name not in trainer.callback_metrics:
+                    self._warn(
+                        f"{type(pl_module).__name__} does not log {name!r}: this limit is not watched."
+                    )
                 continue
-            value = float(trainer.callback_metrics[name])
+            value = float(metrics[name])
             low = name == f"{self.prefix}ess"
             self._streaks[name] = (
                 0 if (value >= limit if low else value <= limit) else self._streaks[name] + 1

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -58,6 +59,25 @@ class WarnOnce:
             "callback leaves them alone."
         )
         return None
+
+
+class StepMetrics:
+    """This training step's metrics under the names they are logged by.
+
+    ``trainer.callback_metrics`` keeps the last value of a metric that a step did not log. A module that returns what it
+    reports from ``training_step``, under ``"metrics"`` as ours do, is taken at its word; what it never returned there
+    is read from ``callback_metrics``.
+    """
+
+    def __init__(self) -> None:
+        self._returned: set[str] = set()
+
+    def __call__(self, trainer: pl.Trainer, outputs: object) -> dict[str, Any]:
+        """The metrics of the step that returned ``outputs``."""
+        own = outputs.get("metrics", {}) if isinstance(outputs, Mapping) else {}
+        self._returned.update(own)
+        logged = {k: v for k, v in trainer.callback_metrics.items() if k not in self._returned}
+        return {**logged, **own}
 
 
 def tokenizer_of(module: object) -> Any | None:

@@ -6,14 +6,14 @@ import csv
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_onpolicy.callbacks.protocol import WarnOnce
+from lightning_onpolicy.callbacks.protocol import StepMetrics, WarnOnce
 
 Points = dict[int, tuple[float, float | None, float | None]]
 
@@ -53,6 +53,7 @@ class LearningCurve(Callback):
         self.folder, self.name, self.title = folder, name, title
         self.points: dict[str, Points] = {metric: {} for metric in (*self.val, *self.train)}
         self._warn = WarnOnce("LearningCurve")
+        self._metrics = StepMetrics()
 
     @property
     def state_key(self) -> str:
@@ -77,12 +78,12 @@ class LearningCurve(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the training metrics."""
-        self._read(trainer, self.train)
+        self._read(trainer, self._metrics(trainer, outputs), self.train)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the evaluation metrics and draw."""
         if not trainer.sanity_checking:
-            self._read(trainer, self.val)
+            self._read(trainer, trainer.callback_metrics, self.val)
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -92,12 +93,12 @@ class LearningCurve(Callback):
             self._warn(f"never logged, and so not drawn: {', '.join(missing)}.")
         self._write(trainer, pl_module)
 
-    def _read(self, trainer: pl.Trainer, metrics: Sequence[str]) -> None:
-        logged = trainer.callback_metrics
+    def _read(self, trainer: pl.Trainer, logged: Mapping[str, Any], metrics: Sequence[str]) -> None:
         for metric in metrics:
-            if metric in logged and math.isfinite(value := float(logged[metric])):
-                bounds = [logged.get(f"{metric}_{end}") for end in ("low", "high")]
-                low, high = (None if b is None else float(b) for b in bounds)
+            value, low, high = (
+                _finite(logged.get(name)) for name in (metric, f"{metric}_low", f"{metric}_high")
+            )
+            if value is not None:
                 self.points[metric][trainer.global_step] = (value, low, high)
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -109,6 +110,10 @@ class LearningCurve(Callback):
         write_csv(folder / f"{self.name}.csv", drawn)
         smooth = [metric for metric in self.train if metric in drawn]
         draw(folder / f"{self.name}.png", drawn, smooth, self.title or type(module).__name__)
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
 def write_csv(path: Path, points: dict[str, Points]) -> None:

@@ -13,18 +13,23 @@ from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:
     """The prompt with the response(s) its row holds: a string, a list of strings, or ``response_ids``.
 
+    ``response_ids`` are taken as they are; they count only where there is no text.
+
     Raises:
         ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
     """
     row = prompt.row
-    if "response_ids" in row and response_key not in row:
-        completions = [text_completion("", tokenizer, ids=row["response_ids"])]
+    texts, ids = (row.get(key) for key in (response_key, "response_ids"))  # tables keep absent values as None
+    if texts is None and ids is not None:
+        if not len(ids):
+            raise ValueError(f"row {prompt.uid!r}: 'response_ids' is empty.")
+        completions = [text_completion(tokenizer.decode(ids, skip_special_tokens=True), tokenizer, ids=ids)]
     else:
-        if response_key not in row:
+        if texts is None:
+            known = sorted(key for key, value in row.items() if value is not None)
             raise ValueError(
-                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {sorted(row)}."
+                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {known}."
             )
-        texts = row[response_key]
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError(

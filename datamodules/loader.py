@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
 def derive_seed(*parts: object) -> int:
@@ -97,9 +99,20 @@ class RolloutMaker:
         ]
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name."""
+        """Every reward's scores, by name.
+
+        Raises:
+            ValueError: If a reward does not return one score per completion; the message names it.
+        """
         with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            return {name: reward.score(groups) for name, reward in self.rewards.items()}
+            parts = {name: reward.score(groups) for name, reward in self.rewards.items()}
+        sizes = [len(group.completions) for group in groups]
+        for name, scores in parts.items():
+            if (given := [len(s) for s in scores]) != sizes:
+                raise ValueError(
+                    f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
+                )
+        return parts
 
     def total(
         self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
@@ -117,18 +130,31 @@ class RolloutMaker:
             out.append(row)
         return out
 
-    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Score and stack groups."""
+    def scored(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """The groups with their scores."""
         parts = self.score(groups)
+        total = self.total(parts, groups)
+        return [
+            ScoredGroup(group, {name: scores[g] for name, scores in parts.items()}, total[g])
+            for g, group in enumerate(groups)
+        ]
+
+    def stack(self, scored: Sequence[ScoredGroup], counts: Mapping[str, float] | None = None) -> RolloutBatch:
+        """One batch of scored groups."""
         pad = self.tokenizer.pad_token_id
         return collate(
-            groups,
+            [s.group for s in scored],
             pad_id=self.tokenizer.eos_token_id if pad is None else pad,
-            rewards=self.total(parts, groups),
-            reward_parts=parts,
+            rewards=[s.total for s in scored],
+            reward_parts={name: [s.parts[name] for s in scored] for name in self.rewards},
             sampling=self.sampling,
             timings=self.phases.take(),
+            counts=counts,
         )
+
+    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
+        """Score and stack groups."""
+        return self.stack(self.scored(groups))
 
     def close(self) -> None:
         """Close the engine and every reward that can be closed."""
@@ -139,10 +165,8 @@ class RolloutMaker:
                 close()
 
 
-class RolloutLoader:
+class RolloutLoader(StreamLoader):
     """A sized, resumable loader of on-policy batches: it samples when asked, so no batch is ever stale.
-
-    The length matters: without it Lightning prefetches one batch, and every rollout is one update behind.
 
     Args:
         stream: Where prompts come from.
@@ -153,6 +177,11 @@ class RolloutLoader:
         rank: This rank.
         off_policy: Makes groups the policy did not sample (dataset or teacher text) from prompts and a seed.
         on_policy_fraction: λ of GKD: expected share of prompts whose completions the policy samples.
+        dynamic_sampling: Sample again in place of groups whose rewards are all equal; None takes what comes.
+        any_rank: Whether a statement holds on any rank, for dynamic sampling.
+
+    Raises:
+        ValueError: If a number is out of range, or settings exclude each other.
     """
 
     def __init__(
@@ -166,49 +195,73 @@ class RolloutLoader:
         rank: int = 0,
         off_policy: Callable[[Sequence[Prompt], int], list[Group]] | None = None,
         on_policy_fraction: float = 1.0,
+        dynamic_sampling: DynamicSampling | None = None,
+        any_rank: Callable[[bool], bool] = bool,
     ) -> None:
-        if prompts_per_batch < 1 or steps < 1:
-            raise ValueError(
-                f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}."
-            )
+        super().__init__(stream, prompts_per_batch, steps)
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {on_policy_fraction}.")
         if on_policy_fraction < 1 and off_policy is None:
             raise ValueError(
                 "on_policy_fraction < 1 needs off_policy: where the other completions come from."
             )
-        self.stream, self.maker = stream, maker
-        self.prompts_per_batch, self.steps = prompts_per_batch, steps
-        self.seed, self.rank = seed, rank
+        self.maker, self.seed, self.rank = maker, seed, rank
         self.off_policy, self.on_policy_fraction = off_policy, on_policy_fraction
-        self.batches_made = 0
-        self._position = 0
-        self._resumed = False
+        self._refill: Refill | None = None
+        if dynamic_sampling is not None:
+            if on_policy_fraction < 1:
+                raise ValueError("dynamic_sampling needs on_policy_fraction 1: given responses do not vary.")
+            metric = dynamic_sampling.metric
+            if not maker.rewards or metric not in (None, *maker.rewards):
+                raise ValueError(
+                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(maker.rewards)}: without a "
+                    "reward no group varies."
+                )
+            self._refill = Refill(dynamic_sampling, prompts_per_batch, any_rank)
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        """Batches until the epoch's end; after ``load_state_dict`` those that were still to come."""
-        if not self._resumed or self._position >= self.steps:
-            self._position = 0
-        self._resumed = False
-        while self._position < self.steps:
-            batch = self.make()
-            self._position += 1
-            yield batch
-
-    def make(self) -> RolloutBatch:
-        """The next batch."""
+    def batch_of(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """Rollouts for the prompts, or for the first of them and off-policy responses for the others."""
+        if self._refill is not None:
+            return self._varying(self._refill, prompts)
         seed = derive_seed(self.seed, self.rank, self.batches_made)
         own = self._own_count()
-        self.batches_made += 1
-        prompts = self.stream.take(self.prompts_per_batch)
         groups = self.maker.sample(prompts[:own], seed)
         if own < len(prompts):
             assert self.off_policy is not None
             groups += self.off_policy(prompts[own:], seed)
         return self.maker.collate(groups)
+
+    def _varying(self, refill: Refill, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """As many groups whose rewards vary as there are prompts, from these prompts and others."""
+        last: list[ScoredGroup] = []
+
+        def sample(number: int) -> list[ScoredGroup]:
+            chosen = prompts if number == 0 else self.stream.take(len(prompts))
+            seed = derive_seed(self.seed, self.rank, self.batches_made, *([number] if number else []))
+            last[:] = self.maker.scored(self.maker.sample(chosen, seed))
+            return last
+
+        scored, counts = refill.fill(self.batches_made, sample)
+        if scored:
+            return self.maker.stack(scored, counts)
+        # Other ranks have something to train on: this one takes part with a row that teaches nothing.
+        batch = self.maker.stack(last[:1], counts).select([0])
+        return dataclasses.replace(
+            batch,
+            response_mask=torch.zeros_like(batch.response_mask),
+            rewards=torch.full_like(batch.rewards, torch.nan),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the surplus of dynamic sampling."""
+        surplus = {} if self._refill is None else {"surplus": self._refill.state_dict()}
+        return {**super().state_dict(), **surplus}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        if self._refill is not None:
+            self._refill.load_state_dict(state.get("surplus", []))
 
     def _own_count(self) -> int:
         """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation.
@@ -218,21 +271,6 @@ class RolloutLoader:
         wanted = self.on_policy_fraction * self.prompts_per_batch
         chance = derive_seed("lambda", self.seed, self.batches_made) / 2**63
         return int(wanted) + (chance < wanted - int(wanted))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and in the prompt stream."""
-        return {
-            "batches_made": self.batches_made,
-            "position": self._position,
-            "stream": self.stream.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.batches_made = int(state["batches_made"])
-        self._position = int(state["position"])
-        self.stream.load_state_dict(state["stream"])
-        self._resumed = True
 
 
 class EvaluationLoader:
@@ -259,6 +297,10 @@ class EvaluationLoader:
     ) -> None:
         if not prompts:
             raise ValueError("there are no evaluation prompts on this rank.")
+        if prompts_per_batch < 1:
+            raise ValueError(
+                f"prompts_per_batch of an evaluation (eval_prompts_per_batch) must be >= 1, got {prompts_per_batch}."
+            )
         self.prompts, self.maker = prompts, maker
         self.prompts_per_batch, self.seed, self.rank = prompts_per_batch, seed, rank
         self.counted = list(counted) if counted is not None else [True] * len(prompts)

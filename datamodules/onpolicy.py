@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import lightning.pytorch as pl
-import torch
 
-from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling
+from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.given import given_group
@@ -18,9 +17,13 @@ from lightning_onpolicy.datamodules.loader import (
     RolloutLoader,
     RolloutMaker,
 )
+from lightning_onpolicy.datamodules.precision import autocast_of, keep_batches
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.stream_loader import StreamLoader
+
+Loader = TypeVar("Loader", bound=StreamLoader)
 
 
 class TrainsPolicy(Protocol):
@@ -36,6 +39,10 @@ class OnPolicyDataModule(pl.LightningDataModule):
 
     The policy is the LightningModule's own: ``trainer.lightning_module.policy``. Sampling happens when a batch is
     asked for, with the newest weights (policy lag 0).
+
+    Every ``trainer.fit`` starts with the first prompt and the first seed, as it would in a new process; with
+    ``ckpt_path`` it goes on where the checkpoint was written. A second fit that shall see other prompts needs another
+    ``seed``.
 
     Args:
         train: Source of training prompts.
@@ -60,6 +67,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         on_policy_fraction: λ of GKD: share of prompts whose completions the policy samples; the rest come from
             ``off_policy``.
         off_policy: ``dataset`` (the rows' own responses) or ``teacher`` (sampled by the module's teacher).
+        dynamic_sampling: Train only on groups whose rewards vary, sampling more prompts until there are
+            ``prompts_per_batch`` of them; null takes what comes.
         response_key: Key of the rows' responses, for ``off_policy: dataset``.
         engine: From the policy to a rollout engine.
         seed: Of prompts' order and sampling.
@@ -89,6 +98,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         overlong: Literal["error", "skip"] = "error",
         on_policy_fraction: float = 1.0,
         off_policy: Literal["dataset", "teacher"] = "dataset",
+        dynamic_sampling: DynamicSampling | None = None,
         response_key: str = "response",
         engine: Callable[[Any], RolloutEngine] = TransformersEngine,
         seed: int = 0,
@@ -111,12 +121,13 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.chat, self.system, self.chat_options = chat, system, chat_options
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
-        self.response_key = response_key
+        self.dynamic_sampling, self.response_key = dynamic_sampling, response_key
         self.engine_callable = engine
         self.seed, self.deadline_s = seed, deadline_s
         self._makers: list[RolloutMaker] = []
         self._engine: RolloutEngine | None = None
         self._engine_policy: Any = None
+        self._training: StreamLoader | None = None
 
     @property
     def model(self) -> TrainsPolicy:
@@ -135,27 +146,35 @@ class OnPolicyDataModule(pl.LightningDataModule):
         return module  # type: ignore[no-any-return]
 
     def setup(self, stage: str) -> None:
-        """Keep batches out of the Trainer's precision."""
+        """Keep batches out of the Trainer's precision; start a fit's prompts anew."""
         assert self.trainer is not None
         keep_batches(self.trainer)
+        if stage == "fit":
+            self._training = None
 
     # -- loaders ----------------------------------------------------------------------------------
 
     def train_dataloader(self) -> RolloutLoader:
         """On-policy training batches."""
-        rank, _ = shard_of(self.trainer)
+        trainer = self.trainer
+        assert trainer is not None
+        rank, _ = shard_of(trainer)
         off_policy = None
         if self.on_policy_fraction < 1:
             off_policy = self._dataset_groups if self.off_policy == "dataset" else self._teacher_groups()
-        return RolloutLoader(
-            self._stream("train", shuffle=True),
-            self._maker(self.group_size, self.sampling),
-            prompts_per_batch=self.prompts_per_batch,
-            steps=self.steps_this_run(),
-            seed=self.seed,
-            rank=rank,
-            off_policy=off_policy,
-            on_policy_fraction=self.on_policy_fraction,
+        return self._continued(
+            RolloutLoader(
+                self._stream("train", shuffle=True),
+                self._maker(self.group_size, self.sampling),
+                prompts_per_batch=self.prompts_per_batch,
+                steps=self.steps_this_run(),
+                seed=self.seed,
+                rank=rank,
+                off_policy=off_policy,
+                on_policy_fraction=self.on_policy_fraction,
+                dynamic_sampling=self.dynamic_sampling,
+                any_rank=lambda here: bool(trainer.strategy.reduce_boolean_decision(here, all=False)),
+            )
         )
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
@@ -178,6 +197,13 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self._engine = self._engine_policy = None
 
     # -- parts ------------------------------------------------------------------------------------
+
+    def _continued(self, loader: Loader) -> Loader:
+        """The loader, where this fit's last one stands: ``reload_dataloaders_every_n_epochs`` asks for new ones."""
+        last, self._training = self._training, loader
+        if last is not None and last.stream.source is loader.stream.source:
+            loader.load_state_dict(last.state_dict())
+        return loader
 
     def _stream(self, stage: str, *, shuffle: bool) -> PromptStream:
         source = self.sources[stage]
@@ -209,7 +235,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             group_size=group_size,
             sampling=sampling,
             before=lambda engine: engine.sync(self.model.policy, self._version()),
-            context=self._autocast,
+            context=lambda: autocast_of(self.trainer),
             deadline_s=self.deadline_s,
         )
         self._makers.append(maker)
@@ -228,12 +254,6 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.steps_per_epoch,
             limit if isinstance(limit, int) else max(1, int(limit * self.steps_per_epoch)),
         )
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Sampling in the precision of training, which loaders run outside of."""
-        if self.trainer is None or self.trainer.precision != "bf16-mixed":
-            return contextlib.nullcontext()
-        return torch.autocast(self.trainer.strategy.root_device.type, dtype=torch.bfloat16)
 
     def _evaluation(self, stage: str) -> EvaluationLoader | list[Any]:
         if self.sources[stage] is None and (self.trainer is None or self.trainer.state.fn == "fit"):
@@ -277,21 +297,10 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.model.tokenizer,
             group_size=self.group_size,
             sampling=self.sampling,
-            context=self._autocast,
+            context=lambda: autocast_of(self.trainer),
             deadline_s=self.deadline_s,
         )
         self._makers.append(maker)
         return lambda prompts, seed: [
             Group(g.prompt, g.completions, on_policy=False) for g in maker.sample(prompts, seed)
         ]
-
-
-def keep_batches(trainer: pl.Trainer) -> None:
-    """Exempt rollout batches from the conversion of inputs under true half and double precision.
-
-    The conversion refuses frozen dataclasses, and log-probabilities and rewards stay float32 in any precision.
-    lightning 2.6 has no public way to exempt a type, so the method is covered on this Trainer's plugin.
-    """
-    plugin = trainer.precision_plugin
-    convert = plugin.convert_input
-    plugin.convert_input = lambda data: data if isinstance(data, RolloutBatch) else convert(data)  # type: ignore[method-assign]

@@ -144,13 +144,15 @@ class PromptStream(Iterator[Prompt]):
         """
         raw = self.source[index]
         name = _name_of(self.source)
-        uid = str(raw.get("uid", f"{name}/{index}")) if isinstance(raw, Mapping) else f"{name}/{index}"
+        own = raw.get("uid") if isinstance(raw, Mapping) else None  # tables keep absent values as None
+        uid = f"{name}/{index}" if own is None else str(own)
         row = canonical(raw, PLAIN, f"row {uid!r}")
         text = self._render(row, uid)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=not self.chat))
         if not ids:
             raise ValueError(f"row {uid!r}: the prompt {text!r} encodes to no tokens.")
-        return Prompt(ids, text, row=row, uid=uid, source=str(row.get("source", name)))
+        source = row.get("source")
+        return Prompt(ids, text, row=row, uid=uid, source=name if source is None else str(source))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands (the same on all ranks) and what it must be compared with on loading."""

@@ -90,7 +90,8 @@ def canonical(row: Mapping[str, Any], keys: RowKeys, where: str) -> dict[str, An
     if "messages" in out:
         out["messages"] = _checked_messages(out["messages"], where)
         if out["messages"][-1]["role"] == "assistant":
-            out.setdefault("response", out["messages"][-1]["content"])
+            if out.get("response") is None:
+                out["response"] = out["messages"][-1]["content"]
             out["messages"] = out["messages"][:-1]
     elif "prompt" not in out:
         raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning_onpolicy.datamodules.batch import Group, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch, Sampling, collate
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.given import given_group
@@ -13,9 +13,10 @@ from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
-class SupervisedLoader:
+class SupervisedLoader(StreamLoader):
     """A sized, resumable loader of given responses.
 
     Args:
@@ -37,49 +38,23 @@ class SupervisedLoader:
         response_key: str = "response",
         max_response_tokens: int | None = None,
     ) -> None:
-        if prompts_per_batch < 1 or steps < 1:
-            raise ValueError(
-                f"prompts_per_batch and steps must be >= 1, got {prompts_per_batch} and {steps}."
-            )
-        self.stream, self.tokenizer = stream, tokenizer
-        self.prompts_per_batch, self.steps = prompts_per_batch, steps
+        super().__init__(stream, prompts_per_batch, steps)
+        self.tokenizer = tokenizer
         self.response_key, self.max_response_tokens = response_key, max_response_tokens
-        self._position = 0
-        self._resumed = False
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        if not self._resumed or self._position >= self.steps:
-            self._position = 0
-        self._resumed = False
-        while self._position < self.steps:
-            groups = [
-                given_group(p, self.tokenizer, self.response_key, self.max_response_tokens)
-                for p in self.stream.take(self.prompts_per_batch)
-            ]
-            self._position += 1
-            yield self.batch(groups)
-
-    def batch(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Groups as one padded batch."""
+    def batch_of(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """The prompts with the responses that their rows hold."""
+        groups = [
+            given_group(p, self.tokenizer, self.response_key, self.max_response_tokens) for p in prompts
+        ]
         pad = self.tokenizer.pad_token_id
         return collate(groups, pad_id=self.tokenizer.eos_token_id if pad is None else pad)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and in the stream."""
-        return {"position": self._position, "stream": self.stream.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._position = int(state["position"])
-        self.stream.load_state_dict(state["stream"])
-        self._resumed = True
 
 
 class SupervisedDataModule(OnPolicyDataModule):
     """Given responses for training; validation samples from the policy, as everywhere.
+
+    Every ``trainer.fit`` starts with the first row, unless it gets a ``ckpt_path``.
 
     Args:
         train: Source of rows with a prompt and a response.
@@ -158,11 +133,13 @@ class SupervisedDataModule(OnPolicyDataModule):
 
     def train_dataloader(self) -> SupervisedLoader:  # type: ignore[override]
         """Batches of given responses."""
-        return SupervisedLoader(
-            self._stream("train", shuffle=True),
-            self.model.tokenizer,
-            prompts_per_batch=self.prompts_per_batch,
-            steps=self.steps_this_run(),
-            response_key=self.response_key,
-            max_response_tokens=self.max_response_tokens,
+        return self._continued(
+            SupervisedLoader(
+                self._stream("train", shuffle=True),
+                self.model.tokenizer,
+                prompts_per_batch=self.prompts_per_batch,
+                steps=self.steps_this_run(),
+                response_key=self.response_key,
+                max_response_tokens=self.max_response_tokens,
+            )
         )

@@ -91,7 +91,9 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
         for block, l_rC, k_rC, rows in _log_probabilities(heads, space, tile, upstream.state):
             cap_rC = None
             if heads.student.soft_cap is not None:
-                cap_rC = _cap_slope(heads.student, l_rC, upstream.state["lse"], block, space.strip(4, *l_rC.shape))
+                cap_rC = _cap_slope(
+                    heads.student, l_rC, upstream.state["lse"], block, space.strip(4, *l_rC.shape)
+                )
             p_rC = torch.exp(l_rC, out=space.strip(1, *l_rC.shape))
             fs = {}
             if k_rC is not None:

@@ -16,12 +16,18 @@ from lightning_onpolicy.kernels.divergences import CURVED, Mixing
 from lightning_onpolicy.kernels.epilogues import Epilogue, Upstream
 from lightning_onpolicy.kernels.head_logits import multiply
 from lightning_onpolicy.kernels.moments import Moments, concatenate
+from lightning_onpolicy.kernels.reduction import Reduction, no_moments
 from lightning_onpolicy.kernels.tile_logits import Heads, tiles_of
 from lightning_onpolicy.kernels.tiles import Slice, Tiling, Workspace
 
 
 def sweep_forward(
-    heads: Heads, names: Sequence[str], index_NK: Tensor | None, mixing: Mixing, epilogue: Epilogue
+    heads: Heads,
+    names: Sequence[str],
+    index_NK: Tensor | None,
+    mixing: Mixing,
+    epilogue: Epilogue,
+    reduction: Reduction | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics by name, and the ``[N]`` state that gradients need.
 
@@ -29,9 +35,10 @@ def sweep_forward(
         heads: Heads with empty stores, which this fills.
         names: Outputs: ``index_logp``, ``lse``, ``entropy``, ``reverse_kl``, ``forward_kl``, ``max_logp``,
             ``argmax`` and :data:`~lightning_onpolicy.kernels.divergences.CURVED`.
-        index_NK: Ids whose log-probabilities ``index_logp`` gives.
+        index_NK: Ids whose log-probabilities ``index_logp`` gives, counted from the heads' first id.
         mixing: Mixture weights.
         epilogue: What is done to the tiles.
+        reduction: What completes the statistics where the heads are one rank's rows, or None.
     """
     space = heads.workspace()
     blocks = heads.tiling.blocks()
@@ -44,7 +51,11 @@ def sweep_forward(
     for part in heads.tiling.slices():
         for number, tile in enumerate(tiles_of(heads, part)):
             seen[number] = add(tile, seen[number])
-    whole = concatenate([x for x in seen if x is not None])
+    parts = [x for x in seen if x is not None]
+    # Only a rank without ids of its own has seen no slice.
+    whole = concatenate(parts) if parts else no_moments(heads, names)
+    if reduction is not None:
+        whole, picked_NK = reduction.complete(whole, picked_NK, index_NK)
     state = {"lse": whole.lse()}
     out: dict[str, Tensor] = {"lse": state["lse"]}
     if picked_NK is not None:
@@ -65,7 +76,12 @@ def sweep_forward(
         out["argmax"] = whole.argmax
     curved = [name for name in CURVED if name in names]
     if curved:
-        out.update(_sweep_curved(heads, space, curved, state, mixing, epilogue))
+        values = _sweep_curved(heads, space, curved, state, mixing, epilogue)
+        if reduction is not None:
+            sums = reduction.sum([*values.values(), *(state[name] for name in curved)])
+            values = dict(zip(curved, sums, strict=False))
+            state.update(zip(curved, sums[len(curved) :], strict=True))
+        out.update(values)
     return out, state
 
 
@@ -127,6 +143,8 @@ def sweep_backward(
     grad_hidden = hidden.new_empty(hidden.shape if wanted.hidden else (0,), dtype=acc)
     grad_weight = weight.new_empty(weight.shape if wanted.weight else (0,))
     grad_bias = hidden.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=acc)
+    if wanted.hidden and not tiling.columns:
+        grad_hidden.zero_()  # a rank without ids of its own: no slice will write it
     if wanted.weight:
         grad_weight[tiling.columns if tiling.rows else 0 :].zero_()
     gradient = epilogue.gradient(heads, space, upstream)

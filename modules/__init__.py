@@ -12,16 +12,16 @@ from lightning_onpolicy._lazy import attach
 if TYPE_CHECKING:
     from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
-    from lightning_onpolicy.modules.policy import LoraSpec as LoraSpec
-    from lightning_onpolicy.modules.policy import ModelSpec as ModelSpec
     from lightning_onpolicy.modules.policy import Policy as Policy
+    from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
+    from lightning_onpolicy.modules.specs import ModelSpec as ModelSpec
     from lightning_onpolicy.modules.supervised import SupervisedFineTune as SupervisedFineTune
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "LoraSpec": "policy",
-        "ModelSpec": "policy",
+        "LoraSpec": "specs",
+        "ModelSpec": "specs",
         "OnPolicyDistill": "distill",
         "OnPolicyModule": "onpolicy",
         "Policy": "policy",

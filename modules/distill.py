@@ -34,7 +34,8 @@ from lightning_onpolicy.modules.losses.divergence import (
 )
 from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import ModelSpec
 from lightning_onpolicy.modules.teachers import FrozenPolicy, OnMismatch, check_compatible, grade, self_test
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
 from lightning_onpolicy.modules.keys import prompt_key
 from lightning_onpolicy.modules.metrics import RolloutMetrics, WeightedMean
+from lightning_onpolicy.modules.reported import Reported
+
+M = TypeVar("M", RolloutMetrics, WeightedMean)
 
 
 @dataclass
@@ -27,6 +33,7 @@ class RolloutEvaluation(pl.LightningModule):
     """Mixin: ``validate`` and ``test`` report avg@k, pass@k, lengths, truncation; ``predict`` returns completions."""
 
     _tables: _Tables | None = None
+    _reported: defaultdict[str, Reported]
 
     def evaluate(self, micro: RolloutBatch) -> dict[str, Tensor]:
         """Further per-token values ``[N]`` to report the mean of, e.g. divergences to a teacher."""
@@ -37,7 +44,12 @@ class RolloutEvaluation(pl.LightningModule):
         return [batch]
 
     def _start(self) -> None:
-        self._tables = _Tables(RolloutMetrics().to(self.device))
+        self._tables = _Tables(self._gathered(RolloutMetrics))
+
+    def _gathered(self, metric: Callable[..., M], **settings: Any) -> M:
+        """A metric on this device that counts each data-parallel rank once (tensor-parallel peers hold the same)."""
+        group = parallel.data_parallel_group(self.device_mesh)
+        return metric(process_group=group, **settings).to(self.device)
 
     def _step(self, batch: RolloutBatch) -> None:
         if self._tables is None:  # a step called by hand, without the hook that starts an epoch
@@ -48,8 +60,9 @@ class RolloutEvaluation(pl.LightningModule):
             for micro in self.evaluation_pieces(batch):
                 mask = micro.response_mask
                 for name, value_N in self.evaluate(micro).items():
-                    metric = self._tables.tokens.setdefault(name, WeightedMean(name).to(self.device))
-                    metric.update(
+                    if name not in self._tables.tokens:
+                        self._tables.tokens[name] = self._gathered(WeightedMean, name=name)
+                    self._tables.tokens[name].update(
                         scatter(value_N, mask).sum(1),
                         mask[:, 1:].sum(1),
                         torch.tensor([prompt_key(p) for p in micro.prompts], device=self.device),
@@ -62,8 +75,9 @@ class RolloutEvaluation(pl.LightningModule):
         for metric in self._tables.tokens.values():
             values |= metric.compute()
         self._tables = None
+        named = self._reported[stage].filled({f"{stage}/{k}": v for k, v in values.items()})
         # The values are global already; sync_dist only keeps Lightning from advising it, and changes nothing.
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, sync_dist=True)
+        self.log_dict(named, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""

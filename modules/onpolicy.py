@@ -7,6 +7,7 @@ checkpoints, and resumes bit for bit. Gradients do not depend on micro-batch siz
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
 from lightning_onpolicy.modules.evaluation import RolloutEvaluation
 from lightning_onpolicy.modules.losses.mismatch import mismatch
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.reported import Reported
+from lightning_onpolicy.modules.specs import ModelSpec
 from lightning_onpolicy.modules.update import LoopSpec as LoopSpec
 from lightning_onpolicy.modules.update import UpdateLoop
 
@@ -58,10 +61,15 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in checkpoints; LeanCheckpoint checks the rest
         self.student: ModelSpec | None = None if isinstance(student, Policy) else ModelSpec.of(student)
+        if self.student is not None and self.student.quantize and self.student.lora is None:
+            raise ValueError(
+                f"student.quantize={self.student.quantize!r} needs student.lora: quantised weights cannot be trained."
+            )
         self.optimizer_callable = optimizer
         self.scheduler_callable = scheduler
         self.loop = loop if isinstance(loop, LoopSpec) else LoopSpec(**(loop or {}))
         self.phases = Phases(self.loop.deadline_s)
+        self._reported: defaultdict[str, Reported] = defaultdict(Reported)
         self._built = False
         self._tokenizer: Any = None
         if isinstance(student, Policy):
@@ -154,7 +162,8 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
         """One rollout batch: prepare, then ``updates × minibatches`` optimizer steps.
 
         Returns:
-            For callbacks: ``seconds`` per phase, ``metrics`` over all ranks, and the prepared ``batch``.
+            For callbacks: ``seconds`` per phase, this step's ``metrics`` over all ranks under the names they are logged
+            by, and the prepared ``batch``.
         """
         if not isinstance(batch, RolloutBatch):
             raise TypeError(
@@ -169,8 +178,8 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
             self.optimise(batch, self.loss, self.optimizers(), tally, self.loop)
             metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
         metrics = {**metrics, **rollouts}
-        self.report("train", metrics, batch)
-        return {"seconds": self.phases.take(), "metrics": metrics, "batch": batch}
+        reported = self.report("train", metrics, batch)
+        return {"seconds": self.phases.take(), "metrics": reported, "batch": batch}
 
     # -- metrics ----------------------------------------------------------------------------------
 
@@ -203,25 +212,33 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 "truncated": (~batch.finished[own]).double(),
                 "policy_lag": (self.policy_version - batch.policy_version[own]).double(),
                 **{f"reward/{k}": v[own & ~v.isnan()] for k, v in batch.reward_parts.items()},
+                **{f"groups/{k}": torch.tensor(v, device=self.device) for k, v in batch.counts.items()},
             }
         )
-        return tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        if "groups/sampled" in metrics:  # both are means over ranks
+            metrics["groups/varying_share"] = metrics["groups/varying"] / metrics["groups/sampled"]
+        return metrics
 
-    def report(self, stage: str, metrics: Mapping[str, float], batch: RolloutBatch) -> None:
-        """Log metrics under ``stage/``; the effective sample size is derived here from summed moments."""
+    def report(self, stage: str, metrics: Mapping[str, float], batch: RolloutBatch) -> dict[str, float]:
+        """Log metrics under ``stage/``; the effective sample size is derived here from summed moments.
+
+        To be called once per step, with all it has: metrics that only earlier steps had are logged as NaN.
+
+        Returns:
+            The step's metrics by the names they are logged by, without those.
+        """
         values = dict(metrics)
         for kind in ("mismatch", "drift"):
             if f"{kind}_ratio_sq" in values:
                 values[f"{kind}_ess"] = values[f"{kind}_ratio"] ** 2 / values.pop(f"{kind}_ratio_sq")
-        self.log_dict(
-            {f"{stage}/{k}": v for k, v in values.items()},
-            batch_size=len(batch),
-            on_step=True,
-            on_epoch=False,
-        )
+        named = {f"{stage}/{k}": v for k, v in values.items()}
+        shown = self._reported[stage].filled(named)
+        self.log_dict(shown, batch_size=len(batch), on_step=True, on_epoch=False)
         for key, label in self.progress_bar_metrics().items():
-            if key in values:
-                self.log(label, values[key], prog_bar=True, logger=False, batch_size=len(batch))
+            if f"{stage}/{key}" in shown:
+                self.log(label, shown[f"{stage}/{key}"], prog_bar=True, logger=False, batch_size=len(batch))
+        return named
 
     def progress_bar_metrics(self) -> Mapping[str, str]:
         """Metrics shown in the progress bar, with their labels there."""

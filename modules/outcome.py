@@ -47,7 +47,7 @@ class Tally:
         self._maxima: dict[str, Tensor] = {}
 
     def add(self, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
-        """Count one micro-batch's metrics (detached, in float64; float32 where there is no float64)."""
+        """Count one micro-batch's metrics (detached, in float64)."""
         for name, value in means.items():
             value = value.detach().double()
             pair = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])

@@ -38,6 +38,15 @@ def reduce_ranks(trainer: Any, value: Tensor, op: str) -> Tensor:
     return out / copies if op == "sum" and copies > 1 else out
 
 
+def data_parallel_group(mesh: Any) -> Any:
+    """The process group over which a module's metrics are gathered: of ranks that hold different data.
+
+    Args:
+        mesh: The module's ``device_mesh``; None, without one, means all ranks.
+    """
+    return None if mesh is None else mesh["data_parallel"].get_group()
+
+
 def blocked_sync(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     """Gradients stay local inside (DDP); FSDP2 reduces every backward pass, which costs time but not truth."""
     if isinstance(trainer.strategy, ParallelStrategy):

@@ -14,7 +14,8 @@ from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules.aggregate import Reduction, aggregate
 from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import ModelSpec
 
 
 class SupervisedFineTune(OnPolicyModule):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.kernels import TeacherHead
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import ModelSpec
 
 OnMismatch = Literal["error", "warn"]
 
@@ -46,18 +46,6 @@ class FrozenPolicy(Policy):
         """Stay in eval mode."""
         super().train(False)
         return self
-
-
-@contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """All sub-modules in eval mode; each gets its own mode back, also after an exception."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def grade(teacher: Policy | None, student: Policy, batch: RolloutBatch) -> TeacherHead:

@@ -19,18 +19,23 @@ import torch
 from lightning_onpolicy.datamodules.assets import resolve_asset
 
 STEPS = 6
+# When checkpoints are written, how often is validated, and the first checkpoint after which the run is killed. There
+# are two optimizer steps per batch and three batches per epoch.
+EVERY_STEP = ({"every_n_train_steps": 1}, "2", 8)
+AT_THE_END_OF_EPOCHS = ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, "2", 6)
+AFTER_A_LAST_VALIDATION = ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, "1.0", 6)
 
 
-def command(root: Path, student: Path, *more: str) -> list[str]:
+def command(root: Path, student: Path, saving: dict[str, Any], validating: str, *more: str) -> list[str]:
     callbacks = [
         {"class_path": "RolloutLogger", "init_args": {"every_n_table": 0, "folder": str(root / "rollouts")}},
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": {
                 "dirpath": str(root / "checkpoints"),
-                "every_n_train_steps": 1,
                 "save_top_k": -1,
                 "filename": "{step}",
+                **saving,
             },
         },
     ]
@@ -43,7 +48,7 @@ def command(root: Path, student: Path, *more: str) -> list[str]:
         "--trainer.max_epochs=2",  # the epoch's end lies inside the run
         "--trainer.enable_progress_bar=false",
         "--trainer.num_sanity_val_steps=0",
-        "--trainer.val_check_interval=2",
+        f"--trainer.val_check_interval={validating}",
         f"--model.init_args.student.path={student}",
         f"--model.init_args.scheduler={json.dumps(schedule)}",
         "--model.init_args.loop.minibatches=2",
@@ -101,16 +106,28 @@ def rollouts(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("saving", "validating", "kill_after"),
+    [EVERY_STEP, AT_THE_END_OF_EPOCHS, AFTER_A_LAST_VALIDATION],
+    ids=["every step", "epoch's end", "epoch's end, validated"],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    saving: dict[str, Any], validating: str, kill_after: int, tmp_path: Path
+) -> None:
     student = with_dropout(tmp_path / "student")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole, student), env=env(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command(whole, student, saving, validating), env=env(), capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     running = subprocess.Popen(
-        command(broken, student), env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(broken, student, saving, validating),
+        env=env(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    first = broken / "checkpoints" / "step=8.ckpt"  # two optimizer steps per batch: the fourth of six batches
+    first = broken / "checkpoints" / f"step={kill_after}.ckpt"
     deadline = time.monotonic() + 200
     while not first.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.002)
@@ -122,7 +139,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         "the run must not have finished before it was killed"
     )
     resumed = subprocess.run(
-        command(broken, student, f"--ckpt_path={last}"),
+        command(broken, student, saving, validating, f"--ckpt_path={last}"),
         env=env(),
         capture_output=True,
         text=True,
@@ -144,6 +161,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert_equal(a[key], b[key], key)
     assert rollouts(whole) == rollouts(broken)
     expected, got = metrics(whole), metrics(broken)
+    assert any("val/accuracy" in row for row in expected.values())
     for step in got:
         assert got[step] == expected[step], step
     assert max(got) == max(expected)

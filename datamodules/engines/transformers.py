@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.base import Decoder, RolloutEngine
 from lightning_onpolicy.datamodules.engines.lockstep import Pace, has_peers, is_sharded
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.datamodules.engines.rollout import Rollout, TextDecoder
 from lightning_onpolicy.datamodules.engines.rows import Limits
 
@@ -35,7 +35,8 @@ class TransformersEngine(RolloutEngine):
     Args:
         policy: An ``nn.Module`` with the :class:`~lightning_onpolicy.datamodules.engines.Decoder` methods,
             e.g. ``modules.Policy``. If it has ``max_positions``, requests beyond it are refused.
-        tokenizer: Decodes the tail of responses to find stop strings; only needed for ``sampling.stop``.
+        tokenizer: Decodes the tail of responses to find stop strings; only needed for ``sampling.stop``. Default: the
+            policy's own, if it has one.
         max_rows: Samples decoded at once.
         max_cache_tokens: Positions (prompt and response at full length) the cache may hold, over all rows;
             lowers the number of rows where prompts or responses are long. Default: only ``max_rows`` counts.
@@ -83,7 +84,8 @@ class TransformersEngine(RolloutEngine):
         for key, value in limits.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{key} must be positive, got {value}.")
-        self.policy, self.tokenizer = policy, tokenizer
+        self.policy = policy
+        self.tokenizer = getattr(policy, "tokenizer", None) if tokenizer is None else tokenizer
         self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
         self.max_prefill_tokens, self.deadline_s, self.lockstep = max_prefill_tokens, deadline_s, lockstep
         self.version = 0
@@ -119,7 +121,7 @@ class TransformersEngine(RolloutEngine):
         except ValueError:
             pace.refuse()
             raise
-        with _evaluating(policy), torch.no_grad():
+        with eval_mode(policy), torch.no_grad():
             rollout = Rollout(policy, prompts, n, sampling, seed, limits, pace, device, text=self.tokenizer)
             completions = rollout.run(self.version)
             while shared and pace.tick(working=False, unfinished=0):
@@ -175,15 +177,3 @@ class TransformersEngine(RolloutEngine):
                     "sampling.max_new_tokens). Raise max_cache_tokens or lower sampling.max_new_tokens."
                 )
         return Limits(rows, self.max_prefill_tokens)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every submodule's own mode is restored, also after an exception."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -30,6 +30,7 @@ not be stopped, 130 stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoi
 """
 
 COMMANDS = ("fit", "validate", "test", "predict")
+SAVE_LAST = "(ModelCheckpoint writes the last one if save_last is true)"
 USAGE_RUN = "onpolicy {} -c CONFIG [-c CONFIG …] [--KEY VALUE …] [--print_config] [--help]"
 
 # What jsonargparse says around the reason: that a value may also be null, and everything it was given.
@@ -85,7 +86,7 @@ def _run(args: list[str]) -> None:
 
 def _lightning_cli(args: list[str]) -> Any:
     # Imported here, so that `ls`, `cp` and usage errors answer at once.
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -117,11 +118,32 @@ def _lightning_cli(args: list[str]) -> Any:
         ) -> None:
             super().setup(trainer, pl_module, "fit")
 
+    class NoLastCheckpoint(Callback):
+        """Says that ``ckpt_path: last`` found nothing: training starts from scratch, evaluations do not start."""
+
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.ckpt_path is None and trainer.is_global_zero:
+                said = f"there is no checkpoint yet, so training starts from scratch {SAVE_LAST}."
+                print(f"onpolicy: --ckpt_path last: {said}", file=sys.stderr)
+
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.ckpt_path is None and trainer.state.fn != "fit":
+                raise FileNotFoundError(f"--ckpt_path last: there is no checkpoint to evaluate {SAVE_LAST}.")
+
+        on_test_start = on_predict_start = on_validation_start
+
     class OnPolicyCLI(LightningCLI):
-        """LightningCLI with completions written to a file by ``predict``."""
+        """LightningCLI with completions written to a file by ``predict``, and a word where no checkpoint is found."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
+
+        def _look_for_last(self) -> None:
+            if self.config[self.subcommand].get("ckpt_path") == "last":
+                trainer: Any = self.trainer
+                trainer.callbacks.append(NoLastCheckpoint())
+
+        before_fit = before_validate = before_test = before_predict = _look_for_last
 
     # LightningCLI warns when its args differ from sys.argv's.
     before, sys.argv = sys.argv, ["onpolicy", *args]
@@ -163,6 +185,7 @@ def _quiet() -> None:
         r"Found \d+ module\(s\) in eval mode",  # frozen teachers are
         "Using ModelCheckpoint with manual optimization",  # checkpoints are meant to follow the optimizer step
         "Couldn't infer the batch indices",  # loaders make their batches; there is no sampler
+        r"\.\w+\(ckpt_path=\"last\"\) is set",  # said in one line, or an error
     ):
         warnings.filterwarnings("ignore", message=message)
 

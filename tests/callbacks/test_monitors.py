@@ -57,7 +57,8 @@ def test_phases_add_up_to_the_step_and_reach_logger_and_bar(tmp_path: Path) -> N
     trainer.fit(fits.Module(), SlowBatches(3), fits.Batches(1))
     step = logged(tmp_path, "time/step")
     assert len(step) == 3
-    assert all(0.03 <= x < 0.3 for x in step), step
+    assert min(step) >= 0.03, step
+    assert sorted(step)[1] < 0.3, "with validation counted in, the last two would be longer"
     phases = ("rollout", "reward", "prepare", "update", "other")
     for i, wall in enumerate(step):
         assert sum(logged(tmp_path, f"time/{p}")[i] for p in phases) == pytest.approx(wall)

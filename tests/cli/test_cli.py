@@ -280,3 +280,40 @@ def test_a_checkpoint_loads_from_python(checkpoint: Path, recwarn: pytest.Warnin
         "training moved the weights"
     )
     assert OnPolicyDistill.load_from_checkpoint(checkpoint, objective="forward_kl").objective == "forward_kl"
+
+
+@pytest.mark.parametrize("form", ["flag", "file"])
+def test_the_last_checkpoint_is_continued_and_its_absence_said(
+    form: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A job script may name ``last`` from its first start on; an evaluation of nothing is an error."""
+    overlay = tmp_path / "last.yaml"
+    overlay.write_text("ckpt_path: last")
+    saving = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "save_last": True}}
+    base = (
+        *("-c", place / "run.yaml", f"--trainer.default_root_dir={tmp_path}"),
+        *(["--ckpt_path=last"] if form == "flag" else ["-c", overlay]),
+        f"--trainer.callbacks+={json.dumps(saving)}",
+    )
+    for command in ("validate", "test", "predict"):
+        assert onpolicy(command, *base) == 1
+        error = capsys.readouterr().err
+        assert "onpolicy: error: --ckpt_path last: there is no checkpoint to evaluate" in error, error
+        assert "save_last" in error
+    for epochs, steps in ((1, 2), (2, 4)):
+        assert onpolicy("fit", *base, f"--trainer.max_epochs={epochs}") == 0
+        error = capsys.readouterr().err
+        assert error.count("starts from scratch") == (epochs == 1), error
+        assert Remember.trainer is not None and Remember.trainer.global_step == steps
+    assert onpolicy("validate", *base) == 0
+    assert "no checkpoint" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_file_names_and_is_not_there_is_an_error(
+    place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    overlay = tmp_path / "missing.yaml"
+    overlay.write_text("ckpt_path: nowhere/nope.ckpt")
+    assert onpolicy("fit", "-c", place / "run.yaml", "-c", overlay) == 1
+    assert "nope.ckpt" in capsys.readouterr().err
+    assert not (place / "out").exists()

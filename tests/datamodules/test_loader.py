@@ -150,6 +150,16 @@ def test_rewards_are_weighed_and_what_cannot_be_scored_has_no_total() -> None:
         assert batch.reward_parts["second"].tolist() == [1.0] * 6
 
 
+@pytest.mark.parametrize("scores", [[], [[1.0]] * 3, [[1.0, 0.0]] * 2, [[1.0, 0.0, 1.0]] * 3])
+def test_a_reward_that_forgets_completions_is_named(scores: list[list[float]]) -> None:
+    """Catches: scores that move to other completions, an IndexError that names nobody."""
+    reward = Recorder()
+    reward.score = lambda groups: scores  # type: ignore[attr-defined]
+    make = maker(Recorder(), rewards={"lazy": reward})
+    with pytest.raises(ValueError, match=r"reward 'lazy' returned .* the groups have \[2, 2, 2\]"):
+        make.collate(make.sample(stream().take(3), 0))
+
+
 def test_closing_closes_engine_and_rewards() -> None:
     engine, reward = Recorder(), Recorder()
     reward.score = lambda groups: []  # type: ignore[attr-defined]
@@ -167,6 +177,10 @@ def test_closing_closes_engine_and_rewards() -> None:
         (lambda: loader(Recorder(), on_policy_fraction=1.1, off_policy=given), "on_policy_fraction"),
         (lambda: loader(Recorder(), on_policy_fraction=0.5), "off_policy"),
         (lambda: EvaluationLoader([], maker(Recorder()), prompts_per_batch=1), "evaluation prompts"),
+        (
+            lambda: EvaluationLoader(stream().take(1), maker(Recorder()), prompts_per_batch=0),
+            "eval_prompts_per_batch",
+        ),
     ],
 )
 def test_wrong_settings_are_named(make: Any, named: str) -> None:

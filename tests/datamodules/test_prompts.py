@@ -231,3 +231,10 @@ def test_shards_follow_the_strategy() -> None:
     # two tensor-parallel peers of data-parallel rank 1, as ModelParallelStrategy reports them
     peer = types.SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})
     assert shard_of(peer) == (1, 2)
+
+
+def test_absent_names_are_not_the_word_none() -> None:
+    """Tables keep absent values as None. Catches: every such row taken for one and the same prompt."""
+    rows = [{"prompt": "w1", "uid": None, "source": None}, {"prompt": "w2", "uid": 0, "source": "mine"}]
+    prompts = PromptStream(rows, TOKENIZER, chat=False, shuffle=False).take(2)
+    assert [(p.uid, p.source) for p in prompts] == [("list/0", "list"), ("0", "mine")]

@@ -39,7 +39,9 @@ def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
     return ModelParallelStrategy(
-        data_parallel_size=world, tensor_parallel_size=1, process_group_backend="gloo"
+        data_parallel_size=1 if name == "tp" else world,
+        tensor_parallel_size=world if name == "tp" else 1,
+        process_group_backend="gloo",
     )
 
 

@@ -1,4 +1,7 @@
-"""A whole run on two ranks, under DDP and FSDP2: sampling, grading, training, validation, checkpoint, resume."""
+"""A whole run on two ranks: sampling, grading, training, validation, checkpoint, resume.
+
+Under DDP, FSDP2, and in a mesh of tensor-parallel peers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks_fit
@@ -15,14 +19,11 @@ import torch
 SCRIPT = Path(ranks_fit.__file__)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_run_on_two_ranks_ends_and_resumes_as_if_never_interrupted(tmp_path: Path, strategy: str) -> None:
-    """Catches: collectives out of step in sampling or validation, counted repeats, a checkpoint that misses a part."""
-    out = tmp_path / "result.pt"
+def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
+    """What ``ranks_fit.py`` says after a run on two ranks."""
     env = {
         **os.environ,
-        "PYTHONPATH": str(SCRIPT.parent),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "PYTHONSAFEPATH": "1",
     }
@@ -32,8 +33,15 @@ def test_a_run_on_two_ranks_ends_and_resumes_as_if_never_interrupted(tmp_path: P
     ]  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
-    got = torch.load(out, weights_only=True)
+    result: dict[str, Any] = torch.load(out, weights_only=True)
+    return result
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_on_two_ranks_ends_and_resumes_as_if_never_interrupted(tmp_path: Path, strategy: str) -> None:
+    """Catches: collectives out of step in sampling or validation, counted repeats, a checkpoint that misses a part."""
+    got = two_ranks(tmp_path / "result.pt", strategy)
     assert got["global_step"] == got["resumed_global_step"] == 2 * 2  # epochs, batches
     for name, value in got["fitted"].items():
         assert math.isfinite(value), name
@@ -45,3 +53,16 @@ def test_a_run_on_two_ranks_ends_and_resumes_as_if_never_interrupted(tmp_path: P
     assert got["fitted"]["train/mismatch_max_log_ratio"] < 1e-4
     assert got["fitted"]["val/accuracy"] == got["validated"]["val/accuracy"]
     assert {"val/reverse_kl", "val/accuracy", "val/length", "train/reward"} <= got["fitted"].keys()
+
+
+@pytest.mark.slow
+def test_ranks_that_hold_the_same_data_count_once(tmp_path: Path) -> None:
+    """Tensor-parallel peers. Catches: rows of an evaluation gathered once per peer, which shows in pass@k."""
+    one = ranks_fit.main("tp", tmp_path / "one" / "result.pt")
+    two = two_ranks(tmp_path / "result.pt", "tp")
+    for run in ("fitted", "validated", "resumed"):
+        assert two[run].keys() == one[run].keys(), "pass@k for no other k"
+        for name, value in one[run].items():
+            assert two[run][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=2e-5, atol=2e-6)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules.distill import OnPolicyDistill
 from lightning_onpolicy.modules.policy import LoraSpec, Policy
-from lightning_onpolicy.modules.teachers import FrozenPolicy, eval_mode, grade
+from lightning_onpolicy.modules.teachers import FrozenPolicy, grade
 
 V = 5
 DROPOUT = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
@@ -60,21 +60,6 @@ def test_a_frozen_policy_stays_frozen_and_in_eval_mode() -> None:
     assert parent.training
     assert not any(m.training for m in frozen.modules())
     assert not any(p.requires_grad for p in frozen.parameters())
-
-
-def test_eval_mode_gives_each_module_its_own_mode_back_also_after_an_exception() -> None:
-    """Catches: module.train() at the end, which wakes sub-modules that were in eval mode."""
-    policy = world.tiny(0, V, **DROPOUT)
-    policy.train()
-    policy.model.transformer.h[0].eval()
-    before = [m.training for m in policy.modules()]
-    assert len(set(before)) == 2
-    with eval_mode(policy):
-        assert not any(m.training for m in policy.modules())
-    assert [m.training for m in policy.modules()] == before
-    with pytest.raises(RuntimeError, match="inside"), eval_mode(policy):
-        raise RuntimeError("inside")
-    assert [m.training for m in policy.modules()] == before
 
 
 def adapted(dropout: float = 0.0, **config: Any) -> Policy:

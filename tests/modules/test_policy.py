@@ -16,6 +16,8 @@ import toys
 import transformers
 from torch import Tensor
 
+from lightning_onpolicy.datamodules.batch import Sampling
+from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
 
 V = len(toys.tokenizer())
@@ -222,3 +224,13 @@ def test_recomputed_activations_give_the_same_gradients(lora: LoraSpec | None, t
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, atol=1e-6, rtol=1e-5)
     assert any(float(g.abs().max()) > 0 for g in gradients[0].values())
+
+
+def test_the_embedded_engine_finds_stop_strings_with_the_policys_tokenizer() -> None:
+    """As a datamodule makes it, from the policy alone. Catches: ``sampling.stop`` that no configuration can use."""
+    engine = TransformersEngine(toys.policy(0, scale=3.0))
+    sampling = Sampling(max_new_tokens=12, temperature=2.0, stop=tuple(f"t{i}" for i in range(0, 20, 2)))
+    [group] = engine.generate([[1, 2]], 16, sampling, seed=0)
+    stopped = [c for c in group if c.finish == "stop"]
+    assert stopped
+    assert all(int(c.ids[-1]) < 20 for c in stopped)
