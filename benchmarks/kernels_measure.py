@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from common import PeakMemory, quantiles, synchronize
-from kernels_peers import Question
 from kernels_problem import Answer, Problem, Products, Shape, answer, errors
-from kernels_sides import Run, Side
+from kernels_sides import Question, Run, Side
 
 from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES
 

@@ -1,4 +1,4 @@
-"""Sides of `kernels.py` from other libraries, at their defaults, and which sides each question has.
+"""Sides of `kernels.py` from other libraries, at their defaults, and the lists of all sides.
 
 Libraries are imported when a side is made ready, so that one that is missing costs only its own row. Where a library
 gives a scalar loss and nothing else, its side is that loss; `less` says so.
@@ -7,8 +7,6 @@ Legend: ``N`` tokens.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from kernels_problem import Gradients, Outputs, Problem
@@ -276,32 +274,3 @@ DISTILL_SIDES = [
         entry="liger_kernel.transformers.LigerFusedLinearJSD (public)",
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is timed.
-
-    Args:
-        title: Of the plot.
-        sides: Who answers.
-        frozen: Whether the head gets no gradient.
-    """
-
-    title: str
-    sides: list[Side]
-    frozen: bool = False
-
-    @property
-    def teacher(self) -> bool:
-        """Whether there are two heads."""
-        return self.sides is DISTILL_SIDES
-
-
-TIMED = {
-    "logp_entropy": Question("Log-prob and entropy, forward and backward", POLICY_SIDES),
-    "reverse_kl": Question("Reverse KL between two heads, forward and backward", DISTILL_SIDES),
-    "frozen": Question(
-        "Log-prob and entropy over a frozen head, forward and backward", POLICY_SIDES, frozen=True
-    ),
-}

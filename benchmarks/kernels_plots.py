@@ -47,7 +47,7 @@ def plot_times(rows: Sequence[Row], title: str, machine: Row, path: Path) -> Non
         axes.barh(names, values, xerr=spread, color=[_colour(row) for row in sides], capsize=2, height=0.72)
         for y, row in enumerate(sides):
             label = f"{row['ratio_to_kept']:.2f}×"
-            if row["peak_extra_mib"] is not None:
+            if row.get("peak_extra_mib") is not None:
                 label += f"  {row['peak_extra_mib']:,.0f} MiB"
             axes.text(row["ratio_to_kept_p80"] + 0.015 * max(values), y, label, va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)

@@ -28,6 +28,7 @@ STATISTIC = {
     "mean_kl": "reverse_kl",
 }
 PER_TOKEN = ("logp", "entropy", "reverse_kl")
+BLOCK_ELEMENTS = 2**25  # logits of the oracle at a time
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def answer(problem: Problem, names: Sequence[str]) -> Answer:
     statistics = tuple({STATISTIC[name] for name in names})
     values: dict[str, list[Tensor]] = {name: [] for name in statistics}
     by_block: list[Gradients] = []
-    for rows in torch.arange(len(problem.targets)).split(max(1, 2**25 // V)):
+    for rows in torch.arange(len(problem.targets)).split(max(1, BLOCK_ELEMENTS // V)):
         block = slice(int(rows[0]), int(rows[-1]) + 1)
         hidden = problem.hidden[block].detach().double().requires_grad_()
         stats = reference.token_stats(
@@ -155,7 +156,8 @@ def answer(problem: Problem, names: Sequence[str]) -> Answer:
         outputs[name] = terms if name in PER_TOKEN else terms.sum()
         sizes[name] = float(terms.square().mean().sqrt() if name in PER_TOKEN else terms.abs().sum())
     gradients = [torch.cat([found[0] for found in by_block])]
-    gradients += [torch.stack(parts).sum(0) for parts in [[f[1] for f in by_block if len(f) > 1]] if parts]
+    if weight.requires_grad:
+        gradients.append(torch.stack([found[1] for found in by_block]).sum(0))
     return Answer(outputs, sizes, tuple(gradients))
 
 

@@ -47,6 +47,26 @@ class Side:
     entry: str = ""
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is timed.
+
+    Args:
+        title: Of the plot.
+        sides: Who answers.
+        frozen: Whether the head gets no gradient.
+    """
+
+    title: str
+    sides: list[Side]
+    frozen: bool = False
+
+    @property
+    def teacher(self) -> bool:
+        """Whether there are two heads."""
+        return "reverse_kl" in self.sides[0].outputs
+
+
 def ours(outputs: Sequence[str], budget_bytes: int | None) -> Run:
     """`token_stats`; without a budget it keeps all logits."""
     teacher = "reverse_kl" in outputs
