@@ -134,7 +134,7 @@ def plot_scaling(rows: Sequence[Row], slopes: dict[str, float], machine: Row, pa
         key = "median_s" if what == "time" else "peak_extra_mib"
         for side in dict.fromkeys(row["side"] for row in rows):
             found = [r for r in rows if r["side"] == side and r["along"] == along and r[key]]
-            if not found:
+            if not found:  # memory is not measured of bare products, nor with --no-memory
                 continue
             slope = slopes.get(f"{side}, {what} against {along}")
             label = side if slope is None else f"{side}: slope {slope:.2f}"
@@ -151,7 +151,11 @@ def plot_scaling(rows: Sequence[Row], slopes: dict[str, float], machine: Row, pa
             )
         if what == "memory" and rows[0]["budget_mib"]:
             axes.axhline(rows[0]["budget_mib"], color="black", linewidth=0.8, linestyle=":", label="budget")
+        sizes = sorted({row[along] for row in rows if row["along"] == along})
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{what} [{unit}]")
+        axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axes.minorticks_off()
         axes.grid(which="major", color="0.85", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)

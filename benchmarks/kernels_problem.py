@@ -127,10 +127,10 @@ def answer(problem: Problem, names: Sequence[str]) -> Answer:
     """The oracle's outputs and gradients, from float64 inputs, a block of rows at a time."""
     V = problem.weight.shape[0]
     weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
-    teacher_weight = problem.teacher_weight.double()
     statistics = tuple({STATISTIC[name] for name in names})
+    teacher_weight = problem.teacher_weight.double() if "reverse_kl" in statistics else None
     values: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    by_block: list[Gradients] = []
+    d_hidden, d_weight = [], torch.zeros_like(weight, requires_grad=False)
     for rows in torch.arange(len(problem.targets)).split(max(1, BLOCK_ELEMENTS // V)):
         block = slice(int(rows[0]), int(rows[-1]) + 1)
         hidden = problem.hidden[block].detach().double().requires_grad_()
@@ -139,13 +139,18 @@ def answer(problem: Problem, names: Sequence[str]) -> Answer:
             weight,
             problem.targets[block],
             outputs=statistics,
-            teacher=TeacherHead(problem.teacher_hidden[block], teacher_weight),
+            teacher=None
+            if teacher_weight is None
+            else TeacherHead(problem.teacher_hidden[block], teacher_weight),
         )
         seeds = {name: torch.zeros_like(stats[name]) for name in statistics}
         for name in names:
             seeds[STATISTIC[name]] += problem.upstream_of(name)[block]
         wanted = [x for x in (hidden, weight) if x.requires_grad]
-        by_block.append(torch.autograd.grad(list(stats.values()), wanted, [seeds[n] for n in stats]))
+        found = torch.autograd.grad(list(stats.values()), wanted, [seeds[name] for name in stats])
+        d_hidden.append(found[0])
+        if weight.requires_grad:
+            d_weight += found[1]
         for name in statistics:
             values[name].append(stats[name].detach())
     per_token = {name: torch.cat(parts) for name, parts in values.items()}
@@ -155,10 +160,8 @@ def answer(problem: Problem, names: Sequence[str]) -> Answer:
         terms = value if name in PER_TOKEN else value * problem.upstream_of(name)
         outputs[name] = terms if name in PER_TOKEN else terms.sum()
         sizes[name] = float(terms.square().mean().sqrt() if name in PER_TOKEN else terms.abs().sum())
-    gradients = [torch.cat([found[0] for found in by_block])]
-    if weight.requires_grad:
-        gradients.append(torch.stack([found[1] for found in by_block]).sum(0))
-    return Answer(outputs, sizes, tuple(gradients))
+    gradients = (torch.cat(d_hidden), d_weight) if weight.requires_grad else (torch.cat(d_hidden),)
+    return Answer(outputs, sizes, gradients)
 
 
 def errors(found: tuple[Outputs, Gradients], right: Answer) -> dict[str, tuple[float, float]]:
@@ -190,6 +193,7 @@ class Products:
     """
 
     def __init__(self, problem: Problem, device: str, *, teacher: bool) -> None:
+        self.device = device
         x_NH, w_VH = problem.hidden.detach(), problem.weight.detach()
         N, V = x_NH.shape[0], w_VH.shape[0]
         logits = torch.randn(N * V, device=device, dtype=x_NH.dtype)
