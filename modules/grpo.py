@@ -185,7 +185,8 @@ class ProRLGRPO(OnPolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also the entropy bonus' coefficient."""
         super().on_load_checkpoint(checkpoint)
-        self.entropy_control.load_state_dict(checkpoint[_CONTROL_KEY])
+        if _CONTROL_KEY in checkpoint:  # another method's checkpoint, whose policy goes on here, has none
+            self.entropy_control.load_state_dict(checkpoint[_CONTROL_KEY])
 
     # -- before the updates -----------------------------------------------------------------------
 

@@ -100,6 +100,7 @@ def gmpo(
     """Clip each token's log-ratio on the side where it would pay, *then* take the geometric mean over the row.
 
     Arguments as in :func:`clipped`, but bounds are on log r: GMPO's (e^−0.4, e^0.4). Aggregate by ``sequence_mean``.
+    Every token's loss is the row's, so weights on single tokens act as their mean over the row.
 
     Args:
         mask_BT: ``[B, T]`` bool trained tokens.
