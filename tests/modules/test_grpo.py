@@ -6,6 +6,7 @@ Legend: ``B`` sequences, ``T`` positions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,27 @@ def test_old_log_probabilities_are_computed_only_when_something_needs_them() -> 
     assert ["logp_old" in batch.extra for batch in seen] == [False, False, True, True, True, True]
     torch.testing.assert_close(seen[2].extra["logp_old"], sampled().sampler_logprobs, rtol=0, atol=1e-4)
     assert ["logp_ref" in batch.extra for batch in seen] == [False] * 5 + [True]
+
+
+def test_corrections_weigh_the_policy_against_the_sampler() -> None:
+    """A sampler half as sure of every token: w = 2. Catches: the sampler's log-probabilities never reaching the loss."""
+    batch = sampled()
+    shifted = torch.where(batch.response_mask, batch.sampler_logprobs - math.log(2), 0.0)
+    stale = dataclasses.replace(batch, sampler_logprobs=shifted)
+    start, moved = weights(grpo()), {}
+    for name, spec in {
+        "plain": CorrectionSpec(),
+        "tis": CorrectionSpec("tis", high=1.5),
+        "icepop": CorrectionSpec("icepop", high=1.5),
+    }.items():
+        module = grpo(correction=spec)
+        metrics = fit(module, [stale])
+        moved[name] = {k: v - start[k] for k, v in weights(module).items()}
+        assert metrics.get(f"train/weight_{'truncated' if name == 'tis' else 'masked'}", 1.0) == 1
+    for name, value in moved["plain"].items():
+        torch.testing.assert_close(moved["tis"][name], 1.5 * value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(moved["icepop"][name], torch.zeros_like(value))
+    assert max(float(v.abs().max()) for v in moved["plain"].values()) > 1e-2
 
 
 def test_several_updates_move_the_ratio_and_meet_the_clip() -> None:

@@ -94,7 +94,7 @@ def test_a_policy_at_its_reference_feels_nothing(name: KLGradient) -> None:
 
 def test_kl_in_the_reward_per_token_and_per_response() -> None:
     """Catches: the outcome on the last column, on position 0, on every token; a sign; a mean for the sum."""
-    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     logp, ref = torch.tensor([-1.0, -2.0, -3.0, -1.0]), torch.tensor([-2.0, -2.0, -1.0, -1.5])
     reward = torch.tensor([1.0, 0.5, 9.0])
     rewards = token_rewards(reward, logp, ref, mask, coef=0.1)
