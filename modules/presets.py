@@ -192,5 +192,5 @@ def preset(name: str) -> Preset:
     """
     found: Mapping[str, Preset] = PRESETS  # type: ignore[assignment]
     if name not in found:
-        raise ValueError(f"preset must be one of {sorted(found)}, got {name!r}.")
+        raise ValueError(f"recipe must be one of {sorted(found)}, got {name!r}.")
     return found[name]

@@ -153,7 +153,7 @@ def test_old_log_probabilities_are_computed_only_when_something_needs_them() -> 
 
 
 def test_corrections_weigh_the_policy_against_the_sampler() -> None:
-    """A sampler half as sure of every token: w = 2. Catches: the sampler's log-probabilities never reaching the loss."""
+    """A sampler half as sure of every token: w = 2. Catches: log μ never reaching the loss."""
     batch = sampled()
     shifted = torch.where(batch.response_mask, batch.sampler_logprobs - math.log(2), 0.0)
     stale = dataclasses.replace(batch, sampler_logprobs=shifted)
@@ -349,7 +349,7 @@ def test_settings_come_from_the_recipe_unless_given() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "ppo"}, "preset must be one of"),
+        ({"recipe": "ppo"}, "recipe must be one of"),
         ({"reduction": "constant"}, "reduction_length"),
         ({"reduction_length": 5}, "reduction_length"),
         ({"positive_nll": -1.0}, "positive_nll"),

@@ -106,5 +106,5 @@ def test_every_recipe_is_there_with_its_numbers() -> None:
     assert [name for name, p in PRESETS.items() if p.reset is None and not p.dynamic_sampling] == [
         *("justrl", "dr_grpo", "grpo")
     ]
-    with pytest.raises(ValueError, match="preset must be one of"):
+    with pytest.raises(ValueError, match="recipe must be one of"):
         preset("prorl")
