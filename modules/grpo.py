@@ -27,6 +27,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import PolicyReduction, aggregate
 from lightning_onpolicy.modules.losses.advantages import advantages, group_summary
@@ -44,10 +45,10 @@ from lightning_onpolicy.modules.losses.settings import (
 from lightning_onpolicy.modules.metrics import CORRECT
 from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
-from lightning_onpolicy.modules.policy import ModelSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName, preset
 from lightning_onpolicy.modules.references import Reference, reference_of
-from lightning_onpolicy.modules.teachers import eval_mode
+from lightning_onpolicy.modules.specs import ModelSpec
 
 _CONTROL_KEY = "onpolicy_entropy_control"
 PER_TOKEN = ("logp_old", "logp_ref", "picked")  # [B, T], what ``prepare`` adds where it is needed

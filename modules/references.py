@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.modules.policy import Policy
-from lightning_onpolicy.modules.teachers import FrozenPolicy, eval_mode
+from lightning_onpolicy.modules.teachers import FrozenPolicy
 
 
 class PolicyCopy(FrozenPolicy):

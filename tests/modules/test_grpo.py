@@ -29,8 +29,9 @@ from lightning_onpolicy.modules.losses.settings import (
     SurrogateSpec,
 )
 from lightning_onpolicy.modules.onpolicy import LoopSpec
-from lightning_onpolicy.modules.policy import LoraSpec, Policy
+from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.references import AdapterCopy, PolicyCopy
+from lightning_onpolicy.modules.specs import LoraSpec
 
 NAN = float("nan")
 FREE = LoopSpec(max_grad_norm=None)
