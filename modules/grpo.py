@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -289,8 +290,9 @@ class ProRLGRPO(OnPolicyModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         """As every method's; then the entropy's controller takes note."""
         out = super().training_step(batch, batch_idx)
-        if "entropy" in out["metrics"]:  # there is none without a row of the policy's own
-            self.entropy_control.update(out["metrics"]["entropy"])
+        entropy = out["metrics"].get("train/entropy", math.nan)
+        if not math.isnan(entropy):  # there is none without a row of the policy's own
+            self.entropy_control.update(entropy)
         return out
 
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:

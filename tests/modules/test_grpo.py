@@ -403,7 +403,7 @@ def test_the_reward_of_a_bandit_rises_within_seconds(settings: dict[str, Any]) -
 
     class Curve(pl.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-            rewards.append(outputs["metrics"]["reward"])
+            rewards.append(outputs["metrics"]["train/reward"])
 
     trainer(callbacks=[Curve()], num_sanity_val_steps=0).fit(module, datamodule=data)
     assert rewards[0] < 0.15
