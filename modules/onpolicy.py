@@ -30,9 +30,9 @@ from lightning_onpolicy.modules.update import LoopSpec as LoopSpec
 from lightning_onpolicy.modules.update import UpdateLoop
 
 
-def adamw(params: Any) -> torch.optim.Optimizer:
-    """AdamW with the field's settings for post-training: betas 0.9/0.95, no weight decay, lr 1e-5."""
-    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+def adamw(params: Any, lr: float = 1e-5) -> torch.optim.Optimizer:
+    """AdamW with the field's settings for post-training: betas 0.9/0.95, no weight decay."""
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
