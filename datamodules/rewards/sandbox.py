@@ -86,10 +86,11 @@ class Program:
         wall: What stands around it.
         limits: Of each test.
         source: Its text.
+        guardian: As for ``SandboxProcess``.
     """
 
-    def __init__(self, wall: Wall, limits: Limits, source: str) -> None:
-        self.wall, self.limits, self.source = wall, limits, source
+    def __init__(self, wall: Wall, limits: Limits, source: str, guardian: bool = False) -> None:
+        self.wall, self.limits, self.source, self.guardian = wall, limits, source, guardian
         self._process: SandboxProcess | None = None
 
     def __enter__(self) -> Program:
@@ -117,7 +118,7 @@ class Program:
 
     def _started(self) -> SandboxProcess:
         if self._process is None or not self._process.alive:
-            self._process = SandboxProcess(self.wall, self.limits, self.source)
+            self._process = SandboxProcess(self.wall, self.limits, self.source, guardian=self.guardian)
         return self._process
 
 
@@ -180,7 +181,9 @@ def probe(wall: Wall) -> str:
     """Run a trivial program behind a wall; what went wrong, or nothing."""
     with tempfile.TemporaryFile() as errors:
         try:
-            process = SandboxProcess(wall, Limits(wall_s=20.0), "import json\nprint(int(input()) + 1)", errors)
+            process = SandboxProcess(
+                wall, Limits(wall_s=20.0), "import json\nprint(int(input()) + 1)", errors
+            )
             outcome = process.run("41")
             process.close()
         except (SandboxError, OSError) as error:

@@ -10,6 +10,7 @@ args as JSON, nonce)``. Out: an empty frame when ready, then per test the exit c
 killed by that signal; ``TOO_MUCH``: wrote more than it may) and what it wrote.
 """
 
+# ruff: noqa: SIM105 (contextlib.suppress would cost every sandbox the import)
 from __future__ import annotations
 
 import fcntl
@@ -20,21 +21,25 @@ import select
 import signal
 import sys
 import time
-from typing import Any
+
+TYPE_CHECKING = False  # the module typing takes as long to import as everything else here
+if TYPE_CHECKING:
+    from typing import Any
 
 TOO_MUCH = 1000  # no exit code
 PR_SET_CHILD_SUBREAPER = 36
+SWEEP_S = 1.0
 
 
 def main(wire: int) -> None:
     """Serve tests until the other end closes the wire; then kill everything that the tests left."""
     settings: Any = marshal.loads(_frame(wire) or b"")
+    if settings["folder"] is not None:
+        os.chdir(settings["folder"])  # before: its parents may be closed to others
     if settings["uid"] is not None:  # for good: without CAP_SETUID there is no way back
         os.setgroups([])
         os.setgid(settings["uid"])
         os.setuid(settings["uid"])
-    if settings["folder"] is not None:
-        os.chdir(settings["folder"])
     if settings["sweeps"]:
         adopt_orphans()
         settings["limits"]["NPROC"] += _tasks_of(os.getuid())  # the limit counts all processes of the user
@@ -45,6 +50,10 @@ def main(wire: int) -> None:
             return  # this is the forked process, after the program: the interpreter ends as it always does
     if settings["sweeps"]:
         sweep()
+        if os.getppid() != settings["parent"]:  # nobody else is left to do it
+            import shutil
+
+            shutil.rmtree(settings["folder"], ignore_errors=True)
     os._exit(0)
 
 
@@ -160,7 +169,7 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-def sweep(seconds: float = 3.0) -> None:
+def sweep(seconds: float = SWEEP_S) -> None:
     """Kill and reap every descendant of this process, in whatever session it is.
 
     Args:
@@ -170,15 +179,7 @@ def sweep(seconds: float = 3.0) -> None:
         RuntimeError: If some are still there in the end.
     """
     end = time.monotonic() + seconds
-    before: set[int] = set()
-    while family := _descendants(os.getpid()):
-        # Stopped first: what is being killed one by one may fork faster than that.
-        for pid in family:
-            try:
-                os.kill(pid, signal.SIGKILL if family == before else signal.SIGSTOP)
-            except OSError:  # ended, or (as another user) not ours to kill: the deadline below tells
-                pass
-        before = family
+    while family := kill_descendants(os.getpid()):
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -187,6 +188,25 @@ def sweep(seconds: float = 3.0) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"processes {sorted(family)} could not be killed within {seconds:g} s.")
         time.sleep(0.001)
+
+
+def kill_descendants(root: int) -> set[int]:
+    """Kill all descendants of a process; who they were."""
+    family: set[int] = set()
+    # Stop them all before the first is killed: what is being killed one by one may fork faster than that.
+    while (new := _descendants(root)) - family:
+        _signal(new - family, signal.SIGSTOP)
+        family |= new
+    _signal(family, signal.SIGKILL)
+    return family
+
+
+def _signal(pids: set[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:  # it has just ended
+            pass
 
 
 def _descendants(root: int) -> set[int]:

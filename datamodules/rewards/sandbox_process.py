@@ -7,21 +7,20 @@ import marshal
 import math
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lightning_onpolicy.datamodules.rewards.sandbox_child import TOO_MUCH
+from lightning_onpolicy.datamodules.rewards import scratch
+from lightning_onpolicy.datamodules.rewards.sandbox_child import TOO_MUCH, kill_descendants, sweep
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall, interpreter
 
 START_S = 20.0
-STOP_S = 5.0
+STOP_S = 2.0  # more than the server takes to sweep
 
 
 class SandboxError(RuntimeError):
@@ -93,23 +92,38 @@ class SandboxProcess:
         limits: Of each test.
         source: The program.
         errors: Where the sandbox itself (not the program) may write why it fails.
+        guardian: Whether this process has called ``adopt_orphans`` and has no other children, so that in the lower
+            tier everything below it can be killed in the end.
 
     Raises:
         SandboxError: If it does not start.
     """
 
-    def __init__(self, wall: Wall, limits: Limits, source: str, errors: IO[bytes] | None = None) -> None:
-        self.wall, self.limits, self.alive = wall, limits, True
+    def __init__(
+        self,
+        wall: Wall,
+        limits: Limits,
+        source: str,
+        errors: IO[bytes] | None = None,
+        guardian: bool = False,
+    ) -> None:
+        self.wall, self.limits, self.guardian, self.alive = wall, limits, guardian, True
         uid = wall.user()
-        self.folder = None
-        if wall.tier is Tier.SUBPROCESS:
-            self.folder = tempfile.mkdtemp(prefix="onpolicy-sandbox-")
-            if uid is not None:
-                os.chown(self.folder, uid, uid)
+        self.folder = scratch.make(uid) if wall.tier is Tier.SUBPROCESS else None
         self.wire, far = socket.socketpair()
         with far:
             self.process = subprocess.Popen(
-                [*wall.command, str(interpreter()), "-I", "-S", "-X", "utf8", "-c", _child(), str(far.fileno())],
+                [
+                    *wall.command,
+                    str(interpreter()),
+                    "-I",
+                    "-S",
+                    "-X",
+                    "utf8",
+                    "-c",
+                    _child(),
+                    str(far.fileno()),
+                ],
                 pass_fds=[far.fileno()],
                 start_new_session=True,
                 env=_environment(self.folder),
@@ -121,6 +135,7 @@ class SandboxProcess:
             "uid": uid,
             "source": source,
             "folder": self.folder,
+            "parent": os.getpid(),
             "sweeps": wall.tier is Tier.SUBPROCESS,
             "limits": limits.resources() | {"NPROC": limits.processes + self._servers()},
             "output_bytes": limits.output_bytes,
@@ -188,14 +203,19 @@ class SandboxProcess:
         if self.wall.tier is Tier.BUBBLEWRAP:
             self.process.kill()  # the namespace's init dies with it, and everything with that
             self._until_closed()
+        else:
+            self.process.send_signal(signal.SIGCONT)  # the program may have stopped it
         self.wire.close()  # on this the server of the lower tier kills what its tests left, and ends
         try:
             code = self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # a test has stopped it for good, by tracing it for example
+            kill_descendants(self.process.pid)
             os.killpg(self.process.pid, signal.SIGKILL)
             code = self.process.wait()
         if self.folder is not None:
-            _remove(self.folder)
+            if self.guardian:
+                sweep()
+            scratch.remove(self.folder)
         return code
 
     def _until_closed(self) -> None:
@@ -238,12 +258,3 @@ def _environment(folder: str | None) -> dict[str, str]:
     """Nothing of ours but what the interpreter may need to start, and where temporary files go."""
     names = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH"), "TMPDIR": folder}
     return {key: value for key, value in names.items() if value}
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder that a program may have filled with anything."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):  # closed folders, or deeper than Python's stack: coreutils do not recurse
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TMP_BYTES = 16 * 2**20  # of /tmp in a bubblewrap sandbox
-SPARE_IDS = (0x70000000, 2**28 - 1)  # first and number of user ids that no distribution or container manager gives out
+SPARE_IDS = (
+    0x70000000,
+    2**28 - 1,
+)  # first and number of user ids that no distribution or container manager gives out
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/nix/store")
 
 
