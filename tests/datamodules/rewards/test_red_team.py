@@ -20,7 +20,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from hostile import ANSWERS, PROGRAMS, Hostile
+from hostile import ANSWERS, PROGRAMS, Hostile, Needs
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 from lightning_onpolicy.datamodules.gym import GymSource
@@ -128,7 +128,6 @@ def left_behind() -> list[str]:
 class Result:
     """What came of all attempts against one tier."""
 
-    wall: Wall
     scores: dict[str, float | None]
     honest: list[float | None]
     afterwards: list[float | None]
@@ -141,17 +140,15 @@ class Result:
     at_home: bool
 
 
-def attack(tier: Tier) -> Result:
-    """All programs, shuffled among honest ones, against one tier."""
-    wall = find(tier)
-    assert isinstance(wall, Wall)
+def attack(wall: Wall) -> Result:
+    """All programs, each followed by an honest one, against one tier."""
     with a_host() as host, pytest.MonkeyPatch.context() as patch:
         scratch = Path(tempfile.mkdtemp(prefix="onpolicy-scratch-", dir="/tmp"))
         scratch.chmod(0o755)
         patch.setenv("TMPDIR", str(scratch))  # workers inherit it
         here = os.getcwd(), dict(os.environ)
         reward = CodeReward(
-            workers=2, deadline_s=1.0, total_s=1.0, tier=tier.label, memory_bytes=2**28, processes=16
+            workers=2, deadline_s=1.0, total_s=1.0, tier=wall.tier.label, memory_bytes=2**28, processes=16
         )
         groups = [
             group({"tests": case.tests or hostile.SQUARE}, block(host.fill(case.source))) for case in PROGRAMS
@@ -187,7 +184,6 @@ def attack(tier: Tier) -> Result:
         Path("/dev/shm/onpolicy-canary").unlink(missing_ok=True)
         Path("/usr/onpolicy-canary").unlink(missing_ok=True)
     return Result(
-        wall,
         dict(zip([case.name for case in PROGRAMS], scores[::2], strict=True)),
         scores[1::2],
         afterwards,
@@ -201,43 +197,41 @@ def attack(tier: Tier) -> Result:
     )
 
 
-@pytest.fixture(scope="module", params=list(Tier), ids=[tier.label for tier in Tier])
-def result(request: pytest.FixtureRequest) -> Result:
-    found = find(request.param)
-    if not isinstance(found, Wall):
-        pytest.skip(f"tier {request.param.label}: {found}")
-    return attack(request.param)
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", list(Tier), ids=[tier.label for tier in Tier])
+def test_hostile_programs_get_nothing(tier: Tier) -> None:
+    wall = find(tier)
+    if not isinstance(wall, Wall):
+        pytest.skip(f"tier {tier.label}: {wall}")
+    result = attack(wall)
+    expected = {case.name: expectation(case, wall) for case in PROGRAMS}
+    # What scored 1 and should not got through; what scored 0 and should not is stopped after all, so that the table
+    # and the statement that users read are out of date.
+    assert not {name: score for name, score in result.scores.items() if score not in expected[name]}
 
-
-@pytest.mark.parametrize("case", PROGRAMS, ids=[case.name for case in PROGRAMS])
-def test_hostile_programs_get_nothing(result: Result, case: Hostile) -> None:
-    score = result.scores[case.name]
-    if case.needs.met(result.wall):
-        assert score in (0.0, None)
-    elif case.certain:
-        assert score == 1.0, f"{case.name} is stopped after all: the table and the statement say it is not"
-    else:
-        assert score in (0.0, 1.0, None)
-
-
-def test_the_host_is_as_it_was(result: Result) -> None:
-    reachable = {"public"} if result.wall.tier is Tier.SUBPROCESS else set()
-    if result.wall.tier is Tier.SUBPROCESS and not result.wall.fresh_user:
-        reachable |= {"private", "deleted", "linked"}
-    assert result.changed == reachable
+    within_reach = {"public"} if wall.tier is Tier.SUBPROCESS else set()
+    if not Needs.ANOTHER_USER.met(wall):
+        within_reach |= {"private", "deleted", "linked"}
+    assert result.changed == within_reach
     assert not result.still_listening
     assert not result.temporary
     assert not result.processes
     assert result.at_home
 
-
-def test_honest_programs_among_them_are_scored(result: Result) -> None:
     assert result.honest == [1.0] * len(PROGRAMS)
     assert result.afterwards == [1.0] * 8
-    assert result.seconds < 60
+    assert result.seconds < 90
     assert result.calm_seconds < 5
 
 
+def expectation(case: Hostile, wall: Wall) -> set[float | None]:
+    """The scores that this attempt may get behind that wall."""
+    if case.needs.met(wall):
+        return {0.0, None}
+    return {1.0} if case.certain else {0.0, 1.0, None}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task", ["countdown", "polynomial_multiplication", "spiral_matrix", "n_queens", "chain_sum"]
 )
