@@ -15,12 +15,16 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+# Under PYTHONSAFEPATH a script's own folder is not on the path.
+sys.path.append(str(Path(__file__).parent))
 from common import hardware, write_results
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt

@@ -40,6 +40,10 @@ class TierError(RuntimeError):
 class Sandbox:
     """Runs untrusted Python programs, standard library only.
 
+    In the lower tier, a program that kills the server of its sandbox leaves its processes to this one, if that has
+    called ``sandbox_child.adopt_orphans`` as ``CodeReward``'s workers do, and otherwise to the system, where they run
+    until their limits end them.
+
     Args:
         tier: ``"auto"`` (the strongest that works here), ``"bubblewrap"`` or ``"subprocess"``.
         minimum_tier: Refuse to start with less than this.

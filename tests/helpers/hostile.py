@@ -11,9 +11,12 @@ A program whose success would be an effect sets ``reached``; it then prints the 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
@@ -411,3 +414,23 @@ ANSWERS = [
     "\\boxed{" * 10_000,
     "\ud800\x00\u202e" * 100,
 ]
+
+
+def left_behind() -> list[str]:
+    """Processes of sandboxes that no live worker and no test looks after any more."""
+    processes: dict[int, tuple[int, bytes]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            processes[int(stat.parent.name)] = parent, (stat.parent / "cmdline").read_bytes()
+
+    def looked_after(pid: int) -> bool:
+        while pid in processes:
+            pid, command = processes[pid]
+            if b"worker_main" in command or b"pytest" in command:
+                return True
+        return False
+
+    found = [pid for pid, (_, line) in processes.items() if b"What runs inside a sandbox" in line]
+    mine = [pid for pid, (parent, _) in processes.items() if parent == os.getpid() and pid in found]
+    return [str(processes[pid]) for pid in found if pid in mine or not looked_after(pid)]

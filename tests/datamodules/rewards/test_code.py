@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from hostile import left_behind
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.cases import CallCase, StdioCase, cases_of, same, words
 from lightning_onpolicy.datamodules.rewards.code import CodeReward, last_block
+from lightning_onpolicy.datamodules.rewards.sandbox import find
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
 
 STDIO = [{"stdin": str(n), "stdout": str(n * n)} for n in range(4)]
@@ -133,6 +137,26 @@ def test_expected_outputs_do_not_enter_the_sandbox() -> None:
         patch.setattr(code_worker, "Program", Program)
         assert code_worker.score((reward.setting, "", cases_of({"tests": tests}))) == 1.0
     assert asked == [("1",), ("f", "[2]")]
+
+
+@pytest.mark.parametrize("tier", list(Tier), ids=[tier.label for tier in Tier])
+def test_an_interrupt_leaves_nothing_behind(tier: Tier) -> None:
+    if not isinstance(find(tier), Wall):
+        pytest.skip(f"tier {tier.label}: {find(tier)}")
+    reward = CodeReward(workers=1, deadline_s=60.0, tier=tier.label)
+    reward.pool.start()
+    sleeper = block("import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(60)")
+    timer = threading.Timer(1.0, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        reward.score([group(STDIO, sleeper)])
+    timer.join()
+    end = time.monotonic() + 10
+    while (left := left_behind()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+    assert reward.score([group(STDIO, block("print(int(input()) ** 2)"))]) == [[1.0]]
+    reward.close()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from hostile import ANSWERS, PROGRAMS, Hostile, Needs
+from hostile import ANSWERS, PROGRAMS, Hostile, Needs, left_behind
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 from lightning_onpolicy.datamodules.gym import GymSource
@@ -102,26 +102,6 @@ def a_host() -> Iterator[Host]:
         host.plant()
         yield host
     shutil.rmtree(folder)
-
-
-def left_behind() -> list[str]:
-    """Processes of sandboxes that no live worker and no test looks after any more."""
-    processes: dict[int, tuple[int, bytes]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            processes[int(stat.parent.name)] = parent, (stat.parent / "cmdline").read_bytes()
-
-    def looked_after(pid: int) -> bool:
-        while pid in processes:
-            pid, command = processes[pid]
-            if b"worker_main" in command or b"pytest" in command:
-                return True
-        return False
-
-    found = [pid for pid, (_, line) in processes.items() if b"What runs inside a sandbox" in line]
-    mine = [pid for pid, (parent, _) in processes.items() if parent == os.getpid() and pid in found]
-    return [str(processes[pid]) for pid in found if pid in mine or not looked_after(pid)]
 
 
 @dataclass
