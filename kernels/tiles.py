@@ -17,9 +17,9 @@ from torch import Tensor
 
 #: Logits and workspace a call may hold at a time, by default.
 DEFAULT_BUDGET_BYTES = 2**30
-#: Largest tile on the CPU. 4 MiB in float32: it stays in the shared cache between the product and the
-#: passes over it, while 1024 rows are enough for the product to run at full speed.
-CPU_ELEMENTS = 2**20
+#: Largest tile on the CPU. 16 MiB in float32: wide enough for the products to run at full speed, and still in the
+#: shared cache when the passes over it come.
+CPU_ELEMENTS = 2**22
 CPU_ROWS = 1024
 #: Elements of a strip: the rows of a CPU tile that go through all passes together. 1 MiB in float32, so that a strip
 #: and its intermediate results stay in the cores' own caches.

@@ -94,7 +94,7 @@ def token_stats(
         budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
             pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
             recomputed past it. The workspace has a least size that depends neither on N nor on V: on the CPU
-            4 MiB for each head and 1 MiB for each of two to eight intermediate results, elsewhere 32 MiB for each
+            16 MiB for each head and 1 MiB for each of two to eight intermediate results, elsewhere 32 MiB for each
             head (float32).
         shard: Where the heads' rows are split over ranks: this rank's share. ``weight``, ``bias`` and the
             teacher's are then its rows (or DTensors so sharded), all else is the same on every rank, and

@@ -27,7 +27,7 @@ from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS, STUDENT_OUT
 
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in METRIC_OUTPUTS)
 # Bytes for no kept logits, some (a slice of 150 for both heads and up to 5 rows), and all.
-NOTHING, SOME, ALL = 0, 2 * 2**22 + 150 * 5 * 2 * 4, 2**30
+NOTHING, SOME, ALL = 0, 64 + 150 * 5 * 2 * 4, 2**30
 
 
 @pytest.fixture(autouse=True)
