@@ -42,9 +42,9 @@ def ten(values: list[float]) -> list[tuple[int, float]]:
         ({"patience": 2, "mode": "min"}, [5, 4, 3, 3, 3], [50]),
         (
             {"patience": 2, "min_delta": 0.5},
-            [1, 1.5, 2.0],
+            [1, 1.5, 1.5],
             [30],
-        ),  # improvements of 0.5 are not larger than it
+        ),  # a gain of 0.5 is not larger than it
         ({"patience": 2, "min_delta": 0.5}, [1, 1.3, 1.6, 1.9], []),  # against the best, not the last
         ({"patience": 2}, [1, NAN, NAN], [30]),
         ({"patience": 2}, [NAN, NAN, 1], [20]),
@@ -184,7 +184,7 @@ def test_yaml_takes_one_trigger_or_several_by_short_names() -> None:
     two = f"[{one}, {{class_path: EveryNSteps, init_args: {{n: 7}}}}]"
 
     def made(text: str) -> Any:
-        return parser.instantiate(parser.parse_args([f"--one={text}"])).one
+        return parser.instantiate_classes(parser.parse_args([f"--one={text}"])).one
 
     stall = Stall("val/accuracy", patience=4, max_gap=500)
     assert made(f"{{class_path: ReferenceReset, init_args: {{trigger: {one}}}}}").triggers == (stall,)
