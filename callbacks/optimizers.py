@@ -32,16 +32,10 @@ def refuse_unforgetting(optimizer: Optimizer) -> None:
         )
 
 
-def forget(optimizer: Optimizer) -> bool:
-    """Empty the optimizer's state, so that its next step is its first; weights and parameter groups stay.
-
-    Returns:
-        Whether to forget once more right before the next step: torch's distributed checkpoint takes a step of its own
-        (with zero gradients and learning rate) to fill the state that a sharded optimizer lacks.
-    """
-    paged = {
-        p: s for p, s in optimizer.state.items() if any(getattr(v, "is_paged", False) for v in s.values())
-    }
+def forget(optimizer: Optimizer) -> None:
+    """Empty the optimizer's state, so that its next step is its first; weights and parameter groups stay."""
+    states = optimizer.state.items()
+    paged = {p: state for p, state in states if any(getattr(v, "is_paged", False) for v in state.values())}
     optimizer.state.clear()
     for p, state in paged.items():  # bitsandbytes never frees paged memory: new state would leak the old
         optimizer.state[p] = state
@@ -49,7 +43,23 @@ def forget(optimizer: Optimizer) -> bool:
         for name, value in state.items():
             if isinstance(value, Tensor) and not name.startswith("qmap"):  # qmap: the constant code book
                 value.zero_()
-    return any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+
+
+def forget_sharded(optimizer: Optimizer) -> bool:
+    """Forget so that a checkpoint may be written before the next step, if parameters are sharded.
+
+    torch's distributed checkpoint cannot load an empty state. Where there are no gradients it therefore fills the state
+    first, by a step of its own with zero gradients and learning rate; where there are some, it saves what it will fail
+    to load (torch 2.13).
+
+    Returns:
+        Whether parameters are sharded: then :func:`forget` once more, right before the next step.
+    """
+    forget(optimizer)
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if sharded:
+        optimizer.zero_grad(set_to_none=True)
+    return sharded
 
 
 def beginning(optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_onpolicy.callbacks.optimizers import (
     beginning,
     forget,
+    forget_sharded,
     raw,
     refuse_unforgetting,
     restore_lr,
@@ -268,7 +269,7 @@ class OptimizerReset(TriggeredCallback):
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         chosen, every = self._chosen(trainer), [raw(o) for o in trainer.optimizers]
-        self._again = [i for i in chosen if forget(every[i])]
+        self._again = [i for i in chosen if forget_sharded(every[i])]
         if self.schedule == "rewind":
             assert self._start is not None
             rewind(every, [config.scheduler for config in trainer.lr_scheduler_configs], chosen, self._start)
