@@ -207,7 +207,8 @@ class Policy(nn.Module):
 
         Frozen adapters are not among them: those of a resettable reference change at a reset.
         """
-        return {name for name, p in self.named_parameters() if not p.requires_grad and ".lora_" not in name}
+        every = self.named_parameters(remove_duplicate=False)  # a tied head is not saved under its second name
+        return {name for name, p in every if not p.requires_grad and ".lora_" not in name}
 
     def save_pretrained(
         self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None
