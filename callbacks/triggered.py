@@ -19,7 +19,9 @@ class TriggeredCallback(Callback, ABC):
 
     Both moments lie between an update and the next batch, and before checkpoints are written: what is saved has been
     decided on. The numbers come from rank 0, so that all ranks decide alike and have the state that checkpoints hold.
-    A callback that saves checkpoints by itself, without being a ``Checkpoint``, belongs after this one.
+    A callback that saves checkpoints by itself, without being a ``Checkpoint``, belongs after this one. (lightning 2.6
+    resumes from a checkpoint written after a batch without the validation that was due then: patience misses that
+    reading. Let checkpoints and validations fall on different steps, or save after validation.)
 
     Args:
         triggers: Any of them fires; none means that something else calls :meth:`fire`.

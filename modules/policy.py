@@ -207,7 +207,7 @@ class Policy(nn.Module):
 
         Frozen adapters are not among them: those of a resettable reference change at a reset.
         """
-        every = self.named_parameters(remove_duplicate=False)  # a tied head is not saved under its second name
+        every = self.named_parameters(remove_duplicate=False)  # a tied head has a second name
         return {name for name, p in every if not p.requires_grad and ".lora_" not in name}
 
     def save_pretrained(
