@@ -185,9 +185,8 @@ class StageSchedule(Callback):
         if trainer.precision == "16-mixed":
             raise ValueError("StageSchedule: lr needs steps that are never skipped: use bf16-mixed.")
         optimizer = raw(trainer.optimizers[self.optimizer])
-        if self._base_lr is None:
-            group = optimizer.param_groups[0]
-            self._base_lr = float(group.get("initial_lr", group["lr"]))  # schedules keep theirs in initial_lr
+        group = optimizer.param_groups[0]
+        self._base_lr = float(group.get("initial_lr", group["lr"]))  # schedules keep theirs in initial_lr
         if self._hook is not None:
             self._hook.remove()
         self._hook = optimizer.register_step_post_hook(restore_lr)
@@ -211,12 +210,12 @@ class StageSchedule(Callback):
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Resets so far and the learning rate that stages are relative to; the stage follows from step and resets."""
-        return {"resets": self.resets, "base_lr": self._base_lr}
+        """Resets so far; the stage follows from them and the step."""
+        return {"resets": self.resets}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.resets, self._base_lr = state_dict["resets"], state_dict["base_lr"]
+        self.resets = state_dict["resets"]
 
 
 def _without_lr(stage: Stage) -> dict[str, Any]:
