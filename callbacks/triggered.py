@@ -94,8 +94,8 @@ class TriggeredCallback(Callback, ABC):
         pl_module.log_dict(values, batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look, unless this validation was seen before the run was interrupted."""
-        if trainer.sanity_checking or self._states is None or trainer.global_step == self._validated_at:
+        """Look, in training alone, and once at each step: the same weights give the same score."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == self._validated_at:
             return
         self._validated_at = int(trainer.global_step)
         self._look(trainer, pl_module, "validation")

@@ -119,6 +119,25 @@ def test_the_best_policy_is_what_it_was_at_its_step(restore_policy: bool, hook: 
     assert same(after[4], unreset.policy.state_dict())  # until the reset, nothing differs
 
 
+def test_the_best_may_be_the_lowest() -> None:
+    reset = ReferenceReset(EveryNSteps(9), target="best", monitor="score", mode="min")
+    fit([reset], 5, Anchored(scores=[0.0, 4.0, 3.0, 2.0, float("nan"), 5.0]), val_check_interval=1)
+    assert (reset.best_step, reset.best_score) == (3, 2.0)
+
+
+def test_only_validations_of_new_weights_in_training_are_read() -> None:
+    """Catches: a sanity check or ``trainer.validate`` that counts, the same weights read twice as no improvement."""
+    reset = ReferenceReset(Stall("score", patience=1))
+    options = {"val_check_interval": 1, "accumulate_grad_batches": 2}
+    module, run = fit([reset], 6, Anchored(scores=RISING), **options)
+    assert reset.count == 0 and reset._states is not None and reset._states[0]["best"] == 3.0
+    module.scores = [-1.0] * 40
+    run.validate(module, Stream(1), verbose=False)
+    again = anchored.trainer([reset], num_sanity_val_steps=1, limit_val_batches=1, limit_train_batches=0)
+    again.fit(module, Stream(1), Stream(1))
+    assert reset.count == 0 and reset._states[0]["best"] == 3.0
+
+
 def test_a_rolled_back_policy_is_the_best_one(tmp_path: Path) -> None:
     path, seen = tmp_path / "a.ckpt", []
     module = Anchored(scores=[0.0, 1.0, 7.0, 3.0, 3.0])
