@@ -125,17 +125,20 @@ def test_the_best_may_be_the_lowest() -> None:
     assert (reset.best_step, reset.best_score) == (3, 2.0)
 
 
-def test_only_validations_of_new_weights_in_training_are_read() -> None:
-    """Catches: a sanity check or ``trainer.validate`` that counts, the same weights read twice as no improvement."""
+def test_a_validation_of_the_same_weights_is_no_second_reading() -> None:
+    """Catches: patience that runs out while gradients accumulate."""
     reset = ReferenceReset(Stall("score", patience=1))
-    options = {"val_check_interval": 1, "accumulate_grad_batches": 2}
-    module, run = fit([reset], 6, Anchored(scores=RISING), **options)
+    fit([reset], 6, Anchored(scores=RISING), val_check_interval=1, accumulate_grad_batches=2)
     assert reset.count == 0 and reset._states is not None and reset._states[0]["best"] == 3.0
+
+
+def test_a_validation_outside_training_is_not_read() -> None:
+    """Catches: ``trainer.validate`` that resets the reference."""
+    reset = ReferenceReset(Stall("score", patience=1))
+    module, run = fit([reset], 5, Anchored(scores=RISING), val_check_interval=2)
     module.scores = [-1.0] * 40
     run.validate(module, Stream(1), verbose=False)
-    again = anchored.trainer([reset], num_sanity_val_steps=1, limit_val_batches=1, limit_train_batches=0)
-    again.fit(module, Stream(1), Stream(1))
-    assert reset.count == 0 and reset._states[0]["best"] == 3.0
+    assert reset.count == 0 and reset._states is not None and reset._states[0]["best"] == 4.0
 
 
 def test_a_rolled_back_policy_is_the_best_one(tmp_path: Path) -> None:
