@@ -23,6 +23,8 @@ from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.rewards.composite import score_all, weighted_sum
+from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
@@ -41,6 +43,7 @@ class RolloutMaker:
         rewards: Named rewards; none is fine for methods that grade tokens themselves.
         weights: Weight of each reward in the total; default 1 each. A completion that any weighted reward could
             not score has no total (NaN).
+        shapers: Applied to the total, one after the other; the unshaped total is then the part ``task``.
         group_size: Completions per prompt.
         sampling: How tokens are drawn.
         before: Called before each sampling, e.g. to hand the engine the newest weights.
@@ -48,7 +51,7 @@ class RolloutMaker:
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
 
     Raises:
-        ValueError: If a weight names no reward.
+        ValueError: If a weight names no reward, or a reward that is shaped is called ``task``.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class RolloutMaker:
         *,
         rewards: Mapping[str, Reward] | None = None,
         weights: Mapping[str, float] | None = None,
+        shapers: Sequence[Shaper] = (),
         group_size: int = 4,
         sampling: Sampling | None = None,
         before: Callable[[RolloutEngine], None] | None = None,
@@ -73,8 +77,11 @@ class RolloutMaker:
             raise ValueError(
                 f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}."
             )
+        if shapers and "task" in self.rewards:
+            raise ValueError("a reward cannot be called 'task' where shapers are: the unshaped total is.")
         if group_size < 1:
             raise ValueError(f"group_size must be >= 1, got {group_size}.")
+        self.shapers = tuple(shapers)
         self.group_size = group_size
         self.sampling = sampling or Sampling()
         self.before, self.context = before, context
@@ -98,46 +105,37 @@ class RolloutMaker:
         ]
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name.
+        """Every reward's scores, by name; those inside a composite as ``name/part``.
 
         Raises:
             ValueError: If a reward does not return one score per completion; the message names it.
         """
         with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            parts = {name: reward.score(groups) for name, reward in self.rewards.items()}
-        sizes = [len(group.completions) for group in groups]
-        for name, scores in parts.items():
-            if (given := [len(s) for s in scores]) != sizes:
-                raise ValueError(
-                    f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
-                )
-        return parts
+            return score_all(self.rewards, groups)
 
     def total(
         self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
     ) -> list[list[float | None]]:
         """The weighted sum of the parts; None where a part with non-zero weight is None, or there is no reward."""
-        used = {name: parts[name] for name, weight in self.weights.items() if weight != 0}
-        out: list[list[float | None]] = []
-        for g, group in enumerate(groups):
-            row: list[float | None] = []
-            for i in range(len(group.completions)):
-                values = {name: scores[g][i] for name, scores in used.items()}
-                known = {name: v for name, v in values.items() if v is not None}
-                complete = bool(used) and len(known) == len(values)
-                row.append(sum(self.weights[n] * v for n, v in known.items()) if complete else None)
-            out.append(row)
-        return out
+        return weighted_sum(parts, self.weights, groups)
+
+    def shape(self, groups: Sequence[Group], task: Scores) -> Scores:
+        """What is trained on, from the totals."""
+        rewards = task
+        for shaper in self.shapers:
+            rewards = shaper.shape(groups, rewards, task)
+        return rewards
 
     def collate(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Score and stack groups."""
+        """Score, shape and stack groups."""
         parts = self.score(groups)
+        task = self.total(parts, groups)
         pad = self.tokenizer.pad_token_id
         return collate(
             groups,
             pad_id=self.tokenizer.eos_token_id if pad is None else pad,
-            rewards=self.total(parts, groups),
-            reward_parts=parts,
+            rewards=self.shape(groups, task),
+            reward_parts={**parts, "task": task} if self.shapers else parts,
             sampling=self.sampling,
             timings=self.phases.take(),
         )
