@@ -20,6 +20,10 @@ LITERAL_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string
 SYMPY_TASKS = frozenset(
     {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
+# … that raise on answers of the wrong shape, which are wrong answers and no failures of the scorer.
+RAISING_TASKS = frozenset({"boxnet", "coin_flip", "game_of_life", "prime_factorization"})
+# … and that take any answer: they ask for bool("False").
+EXACT_TASKS = frozenset({"game_of_life_halting"})
 SYMPY_WORDS = frozenset(
     {
         "Abs",
@@ -73,12 +77,19 @@ def is_formula(answer: str) -> bool:
     )
 
 
-def score(item: tuple[str, str, Mapping[str, Any], str]) -> float:
-    """Score ``(task, config as JSON, entry, answer)``; full marks are 1.
+def score(item: tuple[tuple[str, str, Mapping[str, Any]], str]) -> float:
+    """Score ``((task, config as JSON, entry), answer)``; full marks are 1.
 
     An answer that a scorer would evaluate although it is no formula counts as an empty one.
     """
-    task, config, entry, answer = item
+    (task, config, entry), answer = item
+    if task in EXACT_TASKS:
+        return float(answer.casefold() == str(entry["answer"]).casefold())
     if task in SYMPY_TASKS and not is_formula(answer):
         answer = ""
-    return float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+    try:
+        return float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        if task in RAISING_TASKS:
+            return 0.0
+        raise
