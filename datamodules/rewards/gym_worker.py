@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 # At the top, and so before the worker says it is ready: the import takes seconds, which are no answer's fault. Only
@@ -77,6 +78,10 @@ def is_formula(answer: str) -> bool:
     )
 
 
+def _near(answer: str, gold: str) -> bool:
+    return abs(float(Fraction(answer.replace(",", ""))) - float(Fraction(gold))) <= 1e-4
+
+
 def score(item: tuple[tuple[str, str, Mapping[str, Any]], str]) -> float:
     """Score ``((task, config as JSON, entry), answer)``; full marks are 1.
 
@@ -85,10 +90,15 @@ def score(item: tuple[tuple[str, str, Mapping[str, Any]], str]) -> float:
     (task, config, entry), answer = item
     if task in EXACT_TASKS:
         return float(answer.casefold() == str(entry["answer"]).casefold())
+    if task == "complex_arithmetic" and "nan" in answer.casefold():
+        return 0.0  # its min(1, exp(-nan)) is 1
     if task in SYMPY_TASKS and not is_formula(answer):
         answer = ""
     try:
-        return float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+        value = float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+        if task == "coin_flip" and value >= 1 and not _near(answer, entry["answer"]):
+            return 0.0  # it compares digits up to the shorter number's end: "0" would be right
+        return value
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         if task in RAISING_TASKS:
             return 0.0

@@ -36,7 +36,22 @@ def reward():
     logging.disable(logging.NOTSET)
 
 
-MALFORMED = ["no", "", "1", "[1]", "{}", '{"a": 1}', "[{}]", "null", "1e999", "nan", "inf", "1 x 2", "1/0"]
+MALFORMED = [
+    "no",
+    "",
+    "1",
+    "[1]",
+    "{}",
+    '{"a": 1}',
+    "[{}]",
+    "null",
+    "1e999",
+    "nan",
+    "inf",
+    "0",
+    "1 x 2",
+    "1/0",
+]
 
 
 def hostile(mark: Path) -> list[str]:
@@ -86,3 +101,21 @@ def test_gold_scores_and_hostile_answers_do_nothing(reward: GymReward, task: str
 
 def test_all_tasks_are_here() -> None:
     assert len(TASKS) >= 105, importlib.metadata.version("reasoning-gym")
+
+
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [
+        ("coin_flip", ["0", "0.", "0/1", "1e-400"]),
+        ("complex_arithmetic", ["nan", "nanj", "1+nanj"]),
+        ("game_of_life_halting", ["yes", "False!", "1"]),
+    ],
+)
+def test_scorers_that_took_anything_for_right_no_longer_do(
+    reward: GymReward, task: str, answers: list[str]
+) -> None:
+    source = GymSource({task: {}}, size=6, split="all")
+    for row in (source[i] for i in range(6)):
+        right, *scores = reward.score([group_of(row, str(row["answer"]), *answers)])[0]
+        assert right == 1
+        assert all(score is not None and score < 1 for score in scores)
