@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import RolloutBatch as RolloutBatch
     from lightning_onpolicy.datamodules.batch import Sampling as Sampling
     from lightning_onpolicy.datamodules.batch import collate as collate
+    from lightning_onpolicy.datamodules.dynamic import DynamicSampling as DynamicSampling
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
@@ -32,6 +33,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Completion": "batch",
         "DatasetSource": "sources",
+        "DynamicSampling": "dynamic",
         "EvaluationLoader": "loader",
         "FileSource": "sources",
         "Group": "batch",

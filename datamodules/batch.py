@@ -148,6 +148,7 @@ class RolloutBatch:
         texts: One decoded response per row.
         sampling: How the on-policy rows were drawn; None when unknown.
         timings: Seconds spent per phase while this batch was made, e.g. ``{"rollout": 1.2, "reward": 0.1}``.
+        counts: What was counted meanwhile on this rank, e.g. ``{"sampled": 24, "varying": 16}`` groups.
         extra: Named tensors that a method's ``prepare`` adds, first dimension B; sliced with the batch.
     """
 
@@ -165,6 +166,7 @@ class RolloutBatch:
     texts: tuple[str, ...] = ()
     sampling: Sampling | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -249,6 +251,7 @@ def collate(
     reward_parts: Mapping[str, Sequence[Sequence[float | None]]] | None = None,
     sampling: Sampling | None = None,
     timings: Mapping[str, float] | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> RolloutBatch:
     """Stack groups into one right-padded :class:`RolloutBatch`.
 
@@ -259,6 +262,7 @@ def collate(
         reward_parts: The same, by name.
         sampling: How the completions were drawn.
         timings: Seconds per phase.
+        counts: What was counted meanwhile.
 
     Raises:
         ValueError: If there is no row, or rewards do not match the completions in number.
@@ -297,6 +301,7 @@ def collate(
         texts=tuple(c.text for _, _, c in rows),
         sampling=sampling,
         timings=dict(timings or {}),
+        counts=dict(counts or {}),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
@@ -126,10 +127,20 @@ class RolloutMaker:
             rewards = shaper.shape(groups, rewards, task)
         return rewards
 
-    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Score, shape and stack groups."""
+    def scored(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """The groups with their scores."""
         parts = self.score(groups)
-        task = self.total(parts, groups)
+        total = self.total(parts, groups)
+        return [
+            ScoredGroup(group, {name: scores[g] for name, scores in parts.items()}, total[g])
+            for g, group in enumerate(groups)
+        ]
+
+    def stack(self, scored: Sequence[ScoredGroup], counts: Mapping[str, float] | None = None) -> RolloutBatch:
+        """One batch of scored groups, shaped."""
+        groups = [s.group for s in scored]
+        parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in scored[0].parts}
+        task: Scores = [list(s.total) for s in scored]
         pad = self.tokenizer.pad_token_id
         return collate(
             groups,
@@ -138,7 +149,12 @@ class RolloutMaker:
             reward_parts={**parts, "task": task} if self.shapers else parts,
             sampling=self.sampling,
             timings=self.phases.take(),
+            counts=counts,
         )
+
+    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
+        """Score, shape and stack groups."""
+        return self.stack(self.scored(groups))
 
     def close(self) -> None:
         """Close the engine and every reward that can be closed."""
@@ -161,6 +177,11 @@ class RolloutLoader(StreamLoader):
         rank: This rank.
         off_policy: Makes groups the policy did not sample (dataset or teacher text) from prompts and a seed.
         on_policy_fraction: λ of GKD: expected share of prompts whose completions the policy samples.
+        dynamic_sampling: Sample again in place of groups whose rewards are all equal; None takes what comes.
+        any_rank: Whether a statement holds on any rank, for dynamic sampling.
+
+    Raises:
+        ValueError: If a number is out of range, or settings exclude each other.
     """
 
     def __init__(
@@ -174,6 +195,8 @@ class RolloutLoader(StreamLoader):
         rank: int = 0,
         off_policy: Callable[[Sequence[Prompt], int], list[Group]] | None = None,
         on_policy_fraction: float = 1.0,
+        dynamic_sampling: DynamicSampling | None = None,
+        any_rank: Callable[[bool], bool] = bool,
     ) -> None:
         super().__init__(stream, prompts_per_batch, steps)
         if not 0 <= on_policy_fraction <= 1:
@@ -184,9 +207,22 @@ class RolloutLoader(StreamLoader):
             )
         self.maker, self.seed, self.rank = maker, seed, rank
         self.off_policy, self.on_policy_fraction = off_policy, on_policy_fraction
+        self._refill: Refill | None = None
+        if dynamic_sampling is not None:
+            if on_policy_fraction < 1:
+                raise ValueError("dynamic_sampling needs on_policy_fraction 1: given responses do not vary.")
+            metric = dynamic_sampling.metric
+            if not maker.rewards or metric not in (None, *maker.rewards):
+                raise ValueError(
+                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(maker.rewards)}: without a "
+                    "reward no group varies."
+                )
+            self._refill = Refill(dynamic_sampling, prompts_per_batch, any_rank)
 
     def batch_of(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         """Rollouts for the prompts, or for the first of them and off-policy responses for the others."""
+        if self._refill is not None:
+            return self._varying(self._refill, prompts)
         seed = derive_seed(self.seed, self.rank, self.batches_made)
         own = self._own_count()
         groups = self.maker.sample(prompts[:own], seed)
@@ -194,6 +230,38 @@ class RolloutLoader(StreamLoader):
             assert self.off_policy is not None
             groups += self.off_policy(prompts[own:], seed)
         return self.maker.collate(groups)
+
+    def _varying(self, refill: Refill, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """As many groups whose rewards vary as there are prompts, from these prompts and others."""
+        last: list[ScoredGroup] = []
+
+        def sample(number: int) -> list[ScoredGroup]:
+            chosen = prompts if number == 0 else self.stream.take(len(prompts))
+            seed = derive_seed(self.seed, self.rank, self.batches_made, *([number] if number else []))
+            last[:] = self.maker.scored(self.maker.sample(chosen, seed))
+            return last
+
+        scored, counts = refill.fill(self.batches_made, sample)
+        if scored:
+            return self.maker.stack(scored, counts)
+        # Other ranks have something to train on: this one takes part with a row that teaches nothing.
+        batch = self.maker.stack(last[:1], counts).select([0])
+        return dataclasses.replace(
+            batch,
+            response_mask=torch.zeros_like(batch.response_mask),
+            rewards=torch.full_like(batch.rewards, torch.nan),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the surplus of dynamic sampling."""
+        surplus = {} if self._refill is None else {"surplus": self._refill.state_dict()}
+        return {**super().state_dict(), **surplus}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        if self._refill is not None:
+            self._refill.load_state_dict(state.get("surplus", []))
 
     def _own_count(self) -> int:
         """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation.

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import lightning.pytorch as pl
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.given import given_group
@@ -68,6 +69,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         on_policy_fraction: λ of GKD: share of prompts whose completions the policy samples; the rest come from
             ``off_policy``.
         off_policy: ``dataset`` (the rows' own responses) or ``teacher`` (sampled by the module's teacher).
+        dynamic_sampling: Train only on groups whose rewards vary, sampling more prompts until there are
+            ``prompts_per_batch`` of them; null takes what comes.
         response_key: Key of the rows' responses, for ``off_policy: dataset``.
         engine: From the policy to a rollout engine.
         seed: Of prompts' order and sampling.
@@ -98,6 +101,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         overlong: Literal["error", "skip"] = "error",
         on_policy_fraction: float = 1.0,
         off_policy: Literal["dataset", "teacher"] = "dataset",
+        dynamic_sampling: DynamicSampling | None = None,
         response_key: str = "response",
         engine: Callable[[Any], RolloutEngine] = TransformersEngine,
         seed: int = 0,
@@ -121,7 +125,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.chat, self.system, self.chat_options = chat, system, chat_options
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
-        self.response_key = response_key
+        self.dynamic_sampling, self.response_key = dynamic_sampling, response_key
         self.engine_callable = engine
         self.seed, self.deadline_s = seed, deadline_s
         self._makers: list[RolloutMaker] = []
@@ -156,7 +160,9 @@ class OnPolicyDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """On-policy training batches."""
-        rank, _ = shard_of(self.trainer)
+        trainer = self.trainer
+        assert trainer is not None
+        rank, _ = shard_of(trainer)
         off_policy = None
         if self.on_policy_fraction < 1:
             off_policy = self._dataset_groups if self.off_policy == "dataset" else self._teacher_groups()
@@ -170,6 +176,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
                 rank=rank,
                 off_policy=off_policy,
                 on_policy_fraction=self.on_policy_fraction,
+                dynamic_sampling=self.dynamic_sampling,
+                any_rank=lambda here: bool(trainer.strategy.reduce_boolean_decision(here, all=False)),
             )
         )
 

@@ -24,11 +24,16 @@ def check(
     ids: Tensor | None,
     teacher: TeacherHead | None,
     topk: TopK | None,
+    mask: Tensor | None,
     beta: float,
     alpha: float,
     budget_bytes: int,
+    sharded: bool = False,
 ) -> int:
     """Check everything that can be checked without reading a tensor.
+
+    The arguments are those of ``token_stats``; ``sharded`` says that the heads are one rank's rows, of which
+    there may be none in the true vocabulary.
 
     Returns:
         The true vocabulary size.
@@ -39,9 +44,14 @@ def check(
     _names(outputs, targets, ids, teacher, topk)
     _matrix("hidden", hidden, (None, None))
     N, H = hidden.shape
-    size = _head("", weight, bias, vocab_size, H, hidden)
+    least = 0 if sharded else 1
+    size = _head("", weight, bias, vocab_size, H, hidden, least)
     _ids("targets", targets, (N,), hidden)
     _ids("ids", ids, (N, None), hidden)
+    if mask is not None:
+        if mask.shape != (N,) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool [N={N}], is {mask.dtype} {list(mask.shape)}.")
+        _same_device("mask", mask, hidden)
     if topk is not None:
         _ids("topk.ids", topk.ids, (N, None), hidden)
         if topk.logps.shape != topk.ids.shape:
@@ -52,7 +62,13 @@ def check(
         _matrix("teacher.hidden", teacher.hidden, (N, None))
         _same_device("teacher.hidden", teacher.hidden, hidden)
         teacher_size = _head(
-            "teacher.", teacher.weight, teacher.bias, teacher.vocab_size, teacher.hidden.shape[1], hidden
+            "teacher.",
+            teacher.weight,
+            teacher.bias,
+            teacher.vocab_size,
+            teacher.hidden.shape[1],
+            hidden,
+            least,
         )
         if vocab_size is not None and teacher.vocab_size is None:
             teacher_size = min(teacher_size, vocab_size)
@@ -107,7 +123,13 @@ def _names(
 
 
 def _head(
-    prefix: str, weight: Tensor, bias: Tensor | None, vocab_size: int | None, width: int, hidden: Tensor
+    prefix: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_size: int | None,
+    width: int,
+    hidden: Tensor,
+    least: int,
 ) -> int:
     _matrix(f"{prefix}weight", weight, (None, width))
     _same_device(f"{prefix}weight", weight, hidden)
@@ -117,8 +139,8 @@ def _head(
         _same_device(f"{prefix}bias", bias, hidden)
     if vocab_size is None:
         return weight.shape[0]
-    if not 0 < vocab_size <= weight.shape[0]:
-        raise ValueError(f"{prefix}vocab_size must be in [1, V={weight.shape[0]}], got {vocab_size}.")
+    if not least <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"{prefix}vocab_size must be in [{least}, V={weight.shape[0]}], got {vocab_size}.")
     return vocab_size
 
 

@@ -88,32 +88,29 @@ def logit_gradient(
     p_RC: Tensor,
     rows: Mapping[str, Tensor],
     curves: Mapping[str, Tensor],
+    out: Tensor,
 ) -> Tensor:
-    """``dz`` of one tile without its sparse part. With :func:`curve`, the Triton epilogue's place on CUDA.
+    """``dz`` without its sparse part.
 
     Args:
         l_RC: Student log-probabilities; overwritten.
         k_RC: Teacher log-probabilities, needed by ``c`` and ``d``; overwritten.
-        p_RC: Workspace; holds ``exp(l_RC)`` on entry if ``curves`` is not empty, and may hold the result.
+        p_RC: ``exp(l_RC)``.
         rows: ``[R, 1]`` scalars by name.
         curves: ``f`` per curved divergence, ``[R, C]``.
+        out: ``[R, C]``, none of the above.
 
     Returns:
-        ``[R, C]``, in the memory of ``l_RC`` or ``p_RC``.
+        ``out``.
     """
-    if not curves:
-        torch.exp(l_RC, out=p_RC)
     if rows.keys() == {"a"}:
-        return p_RC.mul_(rows["a"])
-    if "b" in rows:
-        l_RC.mul_(rows["b"]).add_(rows["a"])
-    else:
-        l_RC.copy_(rows["a"].expand_as(l_RC))
+        return torch.mul(p_RC, rows["a"], out=out)
+    inner = l_RC.mul_(rows["b"]).add_(rows["a"]) if "b" in rows else l_RC.copy_(rows["a"].expand_as(l_RC))
     if "c" in rows and k_RC is not None:
-        l_RC.addcmul_(k_RC, rows["c"])
+        inner.addcmul_(k_RC, rows["c"])
     for name, f_RC in curves.items():
-        l_RC.addcmul_(f_RC, rows[name])
-    l_RC.mul_(p_RC)
+        inner.addcmul_(f_RC, rows[name])
+    torch.mul(inner, p_RC, out=out)
     if "d" in rows and k_RC is not None:
-        l_RC.add_(k_RC.exp_().mul_(rows["d"]))
-    return l_RC
+        out.addcmul_(k_RC.exp_(), rows["d"])
+    return out

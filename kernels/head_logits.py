@@ -56,7 +56,8 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
     elif add:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        # Added to by the product itself: no temporary, and no pass over both.
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

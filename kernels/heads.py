@@ -85,8 +85,8 @@ class LogProbHead(nn.Module):
             hidden: ``[..., H]`` for the linear output, ``[N, H]`` for statistics.
             targets: ``[N]`` int64 ids, needed by ``"logp"``.
             outputs: Names of statistics; default ``("logp",)`` where targets are given.
-            **options: Passed to ``token_stats``: ``temperature``, ``ids``, ``teacher``, ``topk``, ``beta``,
-                ``alpha``, ``budget_bytes``.
+            **options: Passed to ``token_stats``: ``temperature``, ``ids``, ``teacher``, ``topk``, ``mask``,
+                ``beta``, ``alpha``, ``budget_bytes``, ``shard``.
 
         Returns:
             ``[..., V]`` in the dtype of ``hidden``, or :class:`TokenStats`.

@@ -16,6 +16,7 @@ Legend: ``R`` rows, ``C`` columns of a tile; ``z`` student and ``t`` teacher log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class Moments:
 def tile_moments(
     z_RC: Tensor,
     t_RC: Tensor | None,
-    buffers: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    buffers: Sequence[Tensor],
     *,
     start: int,
     entropy: bool,
@@ -85,26 +86,27 @@ def tile_moments(
     forward_kl: bool,
     argmax: bool,
 ) -> Moments:
-    """Moments of one tile. The Triton epilogue's place on CUDA.
+    """Moments of some rows of a tile.
 
     Args:
         z_RC: Student logits; read only, unless it is ``buffers[0]``.
         t_RC: Teacher logits or None; read only, unless it is ``buffers[2]``.
-        buffers: ``[R, C]`` workspace, the last two only with a teacher; overwritten.
+        buffers: ``[R, C]`` workspace: two, with a teacher four; overwritten.
         start: Vocabulary id of the first column.
         entropy: Whether to sum A.
         reverse_kl: Whether to sum D.
         forward_kl: Whether to sum D'.
         argmax: Whether to find the id of the largest logit.
     """
-    centred, weight, teacher_centred, spare = buffers
+    centred, weight, *more = buffers
     m = z_RC.amax(1)
     best = z_RC.argmax(1) + start if argmax else None
     torch.sub(z_RC, m.unsqueeze(1), out=centred)
     torch.exp(centred, out=weight)
     s = weight.sum(1)
-    if t_RC is None or teacher_centred is None or spare is None:
+    if t_RC is None:
         return Moments(m, s, a=weight.mul_(centred).sum(1) if entropy else None, argmax=best)
+    teacher_centred, spare = more
     a = torch.mul(weight, centred, out=spare).sum(1) if entropy else None
     teacher_m = t_RC.amax(1)
     torch.sub(t_RC, teacher_m.unsqueeze(1), out=teacher_centred)
@@ -141,3 +143,17 @@ def merge(x: Moments, y: Moments) -> Moments:
                 y.teacher_d + (gy - fy) * y.teacher_s
             )
     return Moments(m, s, a, teacher_m, teacher_s, d, teacher_d, argmax)
+
+
+def concatenate(parts: Sequence[Moments]) -> Moments:
+    """Moments of the rows of all parts, one after another."""
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    if len(parts) == 1:
+        return parts[0]
+    m, s = (torch.cat([getattr(part, name) for part in parts]) for name in ("m", "s"))
+    rest = ("a", "teacher_m", "teacher_s", "d", "teacher_d", "argmax")
+    return Moments(m, s, **{name: joined(name) for name in rest})

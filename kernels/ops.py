@@ -3,13 +3,16 @@
 The backward is an op of its own, so that compiled graphs hold each as one node. Logits kept within the budget
 are extra outputs of the forward op, since that is how an op hands tensors to its backward.
 
-Legend: ``N`` tokens, ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids per token, ``S`` saved
-statistics.
+Masked rows are dropped inside the ops: how many remain depends on data, and outside no compiled graph could go
+on past it. All shapes that leave the ops are those of N rows.
+
+Legend: ``N`` tokens, of which ``n`` are not masked; ``H`` hidden size, ``V`` rows of the head, ``K`` indexed ids
+per token, ``S`` saved statistics.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,19 +20,21 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.coefficients import coefficients
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
+from lightning_onpolicy.kernels.epilogues import Upstream, load
 from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype
+from lightning_onpolicy.kernels.reduction import Reduction
 from lightning_onpolicy.kernels.sweep import Wanted, sweep_backward, sweep_forward
 from lightning_onpolicy.kernels.tile_logits import Heads
-from lightning_onpolicy.kernels.tiles import plan
+from lightning_onpolicy.kernels.tiles import kept_columns, plan
 
 _PROBLEM = """
     Tensor hidden, Tensor weight, Tensor? bias, Tensor? index, Tensor? temperature,
-    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,
+    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? mask,
     float? soft_cap, float logit_scale, float? teacher_soft_cap, float teacher_logit_scale,
     SymInt vocab_size, float beta, float alpha, ScalarType operand_dtype, ScalarType teacher_operand_dtype,
-    SymInt tile_elements, SymInt kept
+    SymInt tile_elements, SymInt kept, str epilogue, str? group, SymInt first_id, SymInt total_size
 """
-_N_TENSORS = 8
+_N_TENSORS = 9
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Problem:
         teacher_hidden: ``[N, Ht]`` or None.
         teacher_weight: ``[V2, Ht]`` or None.
         teacher_bias: ``[V2]`` or None.
+        mask: ``[N]`` bool, rows to compute, or None for all.
         soft_cap: Student's cap, or None.
         logit_scale: Student's scale.
         teacher_soft_cap: Teacher's cap, or None.
@@ -56,6 +62,12 @@ class Problem:
         teacher_operand_dtype: Dtype of the teacher product's operands.
         tile_elements: Elements of one workspace buffer.
         kept: Leading vocabulary ids whose logits are kept.
+        epilogue: What is done to the tiles; one for both passes, see
+            :mod:`~lightning_onpolicy.kernels.epilogues`.
+        group: Process group over whose ranks the heads' rows are split, or None. The weights and biases are
+            then this rank's rows, and so are ``vocab_size`` and ``kept``.
+        first_id: Id of this rank's first row.
+        total_size: True vocabulary size over all ranks; used with ``group``.
     """
 
     hidden: Tensor
@@ -66,6 +78,7 @@ class Problem:
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    mask: Tensor | None
     soft_cap: float | None
     logit_scale: float
     teacher_soft_cap: float | None
@@ -77,15 +90,54 @@ class Problem:
     teacher_operand_dtype: torch.dtype
     tile_elements: int
     kept: int
+    epilogue: str = "eager"
+    group: str | None = None
+    first_id: int = 0
+    total_size: int = 0
 
     def arguments(self) -> tuple[Any, ...]:
         """The fields, as the ops take them."""
         return tuple(getattr(self, item.name) for item in fields(self))
 
+    def of_rows(self, rows: Tensor) -> Problem:
+        """The problem of some rows: int64 ``[n]``. Stores of N rows hold more columns of fewer."""
+
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        kept = kept_columns(
+            rows.shape[0],
+            self.vocab_size,
+            bytes_left=self.hidden.shape[0] * self.kept,
+            streams=1,
+            itemsize=1,
+        )
+        return replace(
+            self,
+            hidden=self.hidden[rows],
+            index=take(self.index),
+            temperature=take(self.temperature),
+            teacher_hidden=take(self.teacher_hidden),
+            mask=None,
+            kept=kept,
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of logits and statistics."""
         return accumulation_dtype(self.operand_dtype)
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What completes the statistics over ranks, where the rows are split."""
+        if self.group is None:
+            return None
+        return Reduction(self.group, self.first_id, self.vocab_size, self.total_size)
+
+    @property
+    def own_index(self) -> Tensor | None:
+        """``index`` counted from this rank's first id."""
+        return self.index if self.index is None or self.first_id == 0 else self.index - self.first_id
 
     def stores(self) -> tuple[Tensor, Tensor]:
         """Uninitialised flat stores for the kept logits of student and teacher."""
@@ -162,16 +214,37 @@ class Problem:
 def forward(outputs: str, *arguments: Any) -> list[Tensor]:
     """The comma-separated ``outputs`` in order, then the state ``[S, N]`` and both stores of kept logits."""
     problem, names = Problem(*arguments), outputs.split(",")
-    _check_ids(problem.index, problem.vocab_size)
     stores = problem.stores()
+    if problem.mask is None:
+        return [*_statistics(problem, names, stores), *stores]
+    rows = _rows(problem.mask)
+    *values, state = _statistics(problem.of_rows(rows), names, stores)
+    *whole, whole_state = (x.zero_() for x in problem.empty(names))
+    for x, value in zip(whole, values, strict=True):
+        x[rows] = value
+    whole_state[:, rows] = state
+    return [*whole, whole_state, *stores]
+
+
+def _statistics(problem: Problem, names: list[str], stores: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Outputs and state of a problem without mask; fills the stores."""
+    _check_ids(problem.index, problem.vocab_size if problem.group is None else problem.total_size)
     if problem.hidden.shape[0] == 0:
-        return [*problem.empty(names), *stores]
+        return problem.empty(names)
     # Operand dtypes are this library's choice (operand_dtype); autocast would round the operands again.
     with torch.autocast(problem.hidden.device.type, enabled=False):
         heads = problem.heads(stores, with_teacher=True)
-        out, state = sweep_forward(heads, names, problem.index, Mixing(problem.beta, problem.alpha))
+        mixing = Mixing(problem.beta, problem.alpha)
+        out, state = sweep_forward(
+            heads, names, problem.own_index, mixing, load(problem.epilogue), problem.reduction
+        )
         rows = torch.stack([state[name] for name in problem.state_names(names)])
-    return [*(out[name] for name in names), rows, *stores]
+    return [*(out[name] for name in names), rows]
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """``[n]`` int64 numbers of the rows to compute. Waits for the device: n is a shape."""
+    return mask.nonzero().squeeze(1)
 
 
 token_stats_op = torch.library.custom_op(
@@ -206,6 +279,16 @@ def backward(
     ``lse`` and, with a teacher, ``teacher_lse``.
     """
     problem, names = Problem(*arguments), terms.split(",")
+    if problem.mask is not None:
+        rows = _rows(problem.mask)
+        part, found = problem.of_rows(rows), None if sparse is None else sparse[rows]
+        wanted = (want_hidden, want_weight, want_bias)
+        of_rows = backward(
+            terms, table[:, rows], found, state[:, rows], kept_z, kept_t, *wanted, *part.arguments()
+        )
+        if want_hidden:
+            of_rows[0] = torch.zeros_like(problem.hidden).index_copy_(0, rows, of_rows[0])
+        return of_rows
     with torch.autocast(problem.hidden.device.type, enabled=False):
         # A gradient that does not touch the teacher's logits does not compute them.
         with_teacher = any(name in names for name in ("c", "d", *CURVED))
@@ -213,13 +296,18 @@ def backward(
             problem.heads((kept_z, kept_t), with_teacher=with_teacher),
             problem.hidden,
             problem.weight,
-            dict(zip(names, table, strict=True)),
-            problem.index if sparse is not None else None,
-            sparse,
-            {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
-            Mixing(problem.beta, problem.alpha),
+            Upstream(
+                dict(zip(names, table, strict=True)),
+                problem.own_index if sparse is not None else None,
+                sparse,
+                {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
+                Mixing(problem.beta, problem.alpha),
+            ),
             Wanted(want_hidden, want_weight, want_bias),
+            load(problem.epilogue),
         )
+    if problem.reduction is not None and want_hidden:
+        problem.reduction.sum_(grad_hidden)
     if problem.bias is not None:
         # dz is the gradient of the unscaled product; the bias is added after the scale.
         grad_bias = grad_bias.div_(problem.logit_scale).to(problem.bias.dtype)
@@ -298,5 +386,5 @@ def _check_ids(index: Tensor | None, vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"targets and ids must be in [0, vocab_size={vocab_size}), found {low if low < 0 else high}; "
-            "drop masked tokens before calling token_stats."
+            "pass mask= for masked tokens."
         )

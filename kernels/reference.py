@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -118,6 +119,7 @@ def token_stats(
     ids: Tensor | None = None,
     teacher: TeacherHead | None = None,
     topk: TopK | None = None,
+    mask: Tensor | None = None,
     beta: float = 0.5,
     alpha: float = 0.1,
 ) -> TokenStats:
@@ -128,6 +130,26 @@ def token_stats(
         ValueError: If an output is unknown.
         AssertionError: If a tensor that an output needs is missing.
     """
+    if mask is not None:
+        rows = mask.nonzero().squeeze(1)
+        kept = token_stats(
+            hidden[rows],
+            weight,
+            None if targets is None else targets[rows],
+            outputs=outputs,
+            bias=bias,
+            temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature,
+            soft_cap=soft_cap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
+            ids=None if ids is None else ids[rows],
+            teacher=None if teacher is None else replace(teacher, hidden=teacher.hidden[rows]),
+            topk=None if topk is None else TopK(topk.ids[rows], topk.logps[rows]),
+            beta=beta,
+            alpha=alpha,
+        )
+        zeros = {name: x.new_zeros(mask.shape + x.shape[1:]) for name, x in kept.items()}
+        return TokenStats({name: zeros[name].index_copy(0, rows, x) for name, x in kept.items()})
     size = vocab_size if vocab_size is not None else weight.shape[0]
     if teacher is not None:
         size = min(size, teacher.vocab_size or teacher.weight.shape[0])

@@ -17,10 +17,13 @@ from torch import Tensor
 
 #: Logits and workspace a call may hold at a time, by default.
 DEFAULT_BUDGET_BYTES = 2**30
-#: Largest tile on the CPU. 4 MiB in float32: two buffers stay in the shared cache between the product and the
+#: Largest tile on the CPU. 4 MiB in float32: it stays in the shared cache between the product and the
 #: passes over it, while 1024 rows are enough for the product to run at full speed.
 CPU_ELEMENTS = 2**20
 CPU_ROWS = 1024
+#: Elements of a strip: the rows of a CPU tile that go through all passes together. 1 MiB in float32, so that a strip
+#: and its intermediate results stay in the cores' own caches.
+CPU_STRIP = 2**18
 #: Largest tile elsewhere: few launches, and few passes over the accumulated gradient of the hidden states.
 GPU_ELEMENTS = 2**25
 GPU_ROWS = 16384
@@ -50,6 +53,7 @@ class Tiling:
         row_block: Rows per tile.
         column_block: Vocabulary ids per tile.
         kept: Number of leading vocabulary ids whose logits are kept for the backward pass.
+        strip_rows: Rows of a tile that eager passes take together.
     """
 
     rows: int
@@ -57,6 +61,7 @@ class Tiling:
     row_block: int
     column_block: int
     kept: int
+    strip_rows: int
 
     def slices(self) -> Iterator[Slice]:
         """Vocabulary slices, kept ones first."""
@@ -68,12 +73,21 @@ class Tiling:
         """Row blocks."""
         return [slice(i, min(i + self.row_block, self.rows)) for i in range(0, self.rows, self.row_block)]
 
+    def strips(self, rows: int) -> list[slice]:
+        """Strips of a tile with so many rows."""
+        return [slice(i, min(i + self.strip_rows, rows)) for i in range(0, rows, self.strip_rows)]
+
 
 def tile_elements(device_type: str, budget_bytes: int, buffers: int, itemsize: int) -> int:
     """Elements of one workspace buffer; at least 2**20, so that a small budget does not slow the products."""
     if device_type == "cpu":
         return CPU_ELEMENTS
     return max(2**20, min(GPU_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
+
+
+def strip_elements(device_type: str, elements: int) -> int:
+    """Elements of one strip buffer, beside tiles of so many elements."""
+    return min(elements, CPU_STRIP) if device_type == "cpu" else elements
 
 
 def plan(
@@ -95,7 +109,11 @@ def plan(
     if converted_width is not None:
         width = min(width, 4 * elements // max(1, converted_width))
     width = max(MIN_COLUMNS, width // MIN_COLUMNS * MIN_COLUMNS)
-    return Tiling(rows, columns, row_block, min(width, max(1, columns)), kept)
+    width = min(width, max(1, columns))
+    strip_rows = row_block
+    if device_type == "cpu":
+        strip_rows = min(row_block, max(1, CPU_STRIP // width))
+    return Tiling(rows, columns, row_block, width, kept, strip_rows)
 
 
 def kept_columns(rows: int, columns: int, *, bytes_left: int, streams: int, itemsize: int) -> int:
@@ -108,7 +126,7 @@ def kept_columns(rows: int, columns: int, *, bytes_left: int, streams: int, item
 
 
 class Workspace:
-    """Numbered buffers of one tile each, allocated on first use and reused for every tile of a call.
+    """Numbered buffers of a tile or a strip each, allocated on first use and reused all through a call.
 
     Args:
         tiling: The cut.
@@ -117,15 +135,22 @@ class Workspace:
     """
 
     def __init__(self, tiling: Tiling, like: Tensor, dtype: torch.dtype) -> None:
-        self._size = min(tiling.row_block, tiling.rows) * tiling.column_block
-        self._like, self._dtype = like, dtype
-        self._flat: dict[int, Tensor] = {}
+        self._tiling, self._like, self._dtype = tiling, like, dtype
+        self._flat: dict[tuple[str, int], Tensor] = {}
 
     def tile(self, number: int, rows: int, columns: int) -> Tensor:
-        """Buffer ``number`` as a contiguous ``[rows, columns]`` matrix of stale values."""
-        if number not in self._flat:
-            self._flat[number] = self._like.new_empty(self._size, dtype=self._dtype)
-        return self._flat[number][: rows * columns].view(rows, columns)
+        """Tile buffer ``number`` as a contiguous ``[rows, columns]`` matrix of stale values."""
+        return self._take(("tile", number), self._tiling.row_block, rows, columns)
+
+    def strip(self, number: int, rows: int, columns: int) -> Tensor:
+        """Strip buffer ``number``, likewise."""
+        return self._take(("strip", number), self._tiling.strip_rows, rows, columns)
+
+    def _take(self, key: tuple[str, int], most_rows: int, rows: int, columns: int) -> Tensor:
+        if key not in self._flat:
+            size = min(most_rows, self._tiling.rows) * self._tiling.column_block
+            self._flat[key] = self._like.new_empty(size, dtype=self._dtype)
+        return self._flat[key][: rows * columns].view(rows, columns)
 
 
 def kept_tile(flat: Tensor, tiling: Tiling, part: Slice, block: slice) -> Tensor:

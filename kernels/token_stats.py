@@ -18,10 +18,17 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.checks import check
 from lightning_onpolicy.kernels.divergences import CURVED
-from lightning_onpolicy.kernels.head_logits import operand_dtype
+from lightning_onpolicy.kernels.epilogues import buffers, choose
+from lightning_onpolicy.kernels.head_logits import accumulation_dtype, operand_dtype
 from lightning_onpolicy.kernels.ops import Problem, token_stats_op
+from lightning_onpolicy.kernels.sharding import VocabShard
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
-from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES, kept_columns, tile_elements
+from lightning_onpolicy.kernels.tiles import (
+    DEFAULT_BUDGET_BYTES,
+    kept_columns,
+    strip_elements,
+    tile_elements,
+)
 from lightning_onpolicy.kernels.topk import topk_kl
 
 
@@ -39,9 +46,11 @@ def token_stats(
     ids: Tensor | None = None,
     teacher: TeacherHead | None = None,
     topk: TopK | None = None,
+    mask: Tensor | None = None,
     beta: float = 0.5,
     alpha: float = 0.1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Statistics of ``p = softmax(soft_cap(logit_scale · hidden @ weightᵀ + bias) / temperature)``.
 
@@ -64,8 +73,8 @@ def token_stats(
     Args:
         hidden: ``[N, H]`` last hidden states, after the final norm; floating point.
         weight: ``[V, H]`` output head.
-        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: drop masked tokens first.
-            Ids outside the vocabulary raise on the CPU and give NaN elsewhere.
+        targets: ``[N]`` int64 ids, needed by ``logp``. There is no ignore index: see ``mask``. Ids outside the
+            vocabulary raise on the CPU and give NaN elsewhere.
         outputs: Names of statistics to compute, in the order they come back.
         bias: ``[V]``, added after the scale. Ids with a bias of -inf have probability 0.
         temperature: Positive float or ``[N]`` tensor, applied to student and teacher; gets no gradient.
@@ -75,13 +84,24 @@ def token_stats(
         ids: ``[N, K]`` int64, needed by ``logp_at_ids``.
         teacher: White-box teacher, needed by the divergences over the full vocabulary.
         topk: Teacher log-probabilities at K ids, needed by the top-k divergences.
+        mask: ``[N]`` bool. Rows that are False are never computed, whatever their hidden states, ids,
+            temperature and teacher hold: they come back as 0 in every output and get no gradient. All other
+            arguments keep their N rows. Counting the rows waits for the device, once forward and once backward;
+            callers that must not wait drop rows themselves.
         beta: Teacher share of the JSD mixture, in (0, 1). Towards 0 and 1 the JSD vanishes: its limits are
             not the KLs, which are outputs of their own.
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
         budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
             pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
-            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each of two to
-            eight buffers; its size depends neither on N nor on V.
+            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each head and, on
+            the CPU, 1 MiB for each of two to eight intermediate results (elsewhere as much as for a head); its
+            size depends neither on N nor on V.
+        shard: Where the heads' rows are split over ranks: this rank's share. ``weight``, ``bias`` and the
+            teacher's are then its rows (or DTensors so sharded), all else is the same on every rank, and
+            ``vocab_size`` counts the rows of all. Every rank gets the complete statistics and the complete
+            gradient of ``hidden``, and must run the backward pass with the same upstream gradients. Ranks
+            with tokens of their own use
+            :func:`~lightning_onpolicy.kernels.gathering.gathered_token_stats`.
 
     Returns:
         Statistics by name, ``[N]`` float32 (float64 where ``hidden`` is float64).
@@ -97,7 +117,15 @@ def token_stats(
         >>> weight.grad.shape
         torch.Size([50, 8])
     """
-    teacher = _gather(teacher)
+    total = 0
+    if shard is None:
+        teacher = _gather(teacher)
+    else:
+        total = shard.true_size(vocab_size)
+        weight = shard.local("weight", weight, total)
+        bias = None if bias is None else shard.local("bias", bias, total)
+        teacher = None if teacher is None else shard.local_teacher(teacher, total)
+        vocab_size = shard.own_size(total)
     size = check(
         hidden,
         weight,
@@ -111,10 +139,15 @@ def token_stats(
         ids=ids,
         teacher=teacher,
         topk=topk,
+        mask=mask,
         beta=beta,
         alpha=alpha,
         budget_bytes=budget_bytes,
+        sharded=shard is not None,
     )
+    if topk is not None and mask is not None:
+        # No support: both tails are everything, and the divergence is 0 in value and gradient.
+        topk = replace(topk, logps=topk.logps.masked_fill(~mask.unsqueeze(1), -torch.inf))
     needs_teacher = any(name in TEACHER_OUTPUTS for name in outputs)
     used = teacher if needs_teacher else None
     index, columns = _index(outputs, targets, ids, topk)
@@ -125,13 +158,14 @@ def token_stats(
     itemsize = 8 if operand == torch.float64 else 4
     streams = 1 if used is None else 2
     curved = any(name in CURVED for name in names)
-    # Logits and their exponentials; the slope of the cap; mixtures and curves.
-    buffers = 2 * streams + (0 if soft_cap is None else 1) + (3 if curved else 0)
-    elements = tile_elements(hidden.device.type, budget_bytes, buffers, itemsize)
+    epilogue = choose(hidden.device.type, accumulation_dtype(operand))
+    device = hidden.device.type
+    whole, strips = buffers(epilogue, streams, capped=soft_cap is not None, curved=curved)
+    elements = tile_elements(device, budget_bytes, whole + strips, itemsize)
     trained = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     kept = 0
     if (trained and torch.is_grad_enabled()) or curved:
-        left = budget_bytes - buffers * elements * itemsize
+        left = budget_bytes - (whole * elements + strips * strip_elements(device, elements)) * itemsize
         kept = kept_columns(hidden.shape[0], size, bytes_left=left, streams=streams, itemsize=itemsize)
     problem = Problem(
         hidden=hidden,
@@ -142,6 +176,7 @@ def token_stats(
         teacher_hidden=None if used is None else used.hidden.detach(),
         teacher_weight=None if used is None else used.weight.detach(),
         teacher_bias=None if used is None or used.bias is None else used.bias.detach(),
+        mask=mask,
         soft_cap=soft_cap,
         logit_scale=logit_scale,
         teacher_soft_cap=None if used is None else used.soft_cap,
@@ -155,7 +190,13 @@ def token_stats(
         else operand_dtype(used.hidden, used.weight, like=hidden),
         tile_elements=elements,
         kept=kept,
+        epilogue=epilogue,
+        group=None if shard is None else shard.group,
+        first_id=0 if shard is None else shard.start,
+        total_size=total,
     )
+    if shard is not None and not torch.compiler.is_compiling():
+        shard.verify_same(hidden.device, _facts(names, problem))
     found = dict(zip(names, token_stats_op(",".join(names), *problem.arguments()), strict=False))
     picked = found.pop("index_logp", None)
     if picked is not None:
@@ -194,6 +235,28 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.new_full((hidden.shape[0],), temperature, dtype=dtype)
+
+
+def _facts(names: Sequence[str], problem: Problem) -> dict[str, int | float | str | Tensor | None]:
+    """What must be equal over the ranks of a shard, the shapes first."""
+    p = problem
+    return {
+        "outputs": ",".join(names),
+        "N (rows of hidden)": p.hidden.shape[0],
+        "H (width of hidden)": p.hidden.shape[1],
+        "K (ids per token)": 0 if p.index is None else p.index.shape[1],
+        "vocab_size": p.total_size,
+        "dtype": str(p.hidden.dtype),
+        "hidden.requires_grad": p.hidden.requires_grad and torch.is_grad_enabled(),
+        "hidden": p.hidden,
+        "targets, ids or topk.ids": p.index,
+        "mask": p.mask,
+        "temperature": p.temperature,
+        "teacher.hidden": p.teacher_hidden,
+        "options": repr(
+            (p.soft_cap, p.logit_scale, p.teacher_soft_cap, p.teacher_logit_scale, p.beta, p.alpha)
+        ),
+    }
 
 
 def _gather(teacher: TeacherHead | None) -> TeacherHead | None:

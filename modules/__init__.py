@@ -11,6 +11,7 @@ from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
     from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
+    from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
     from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = attach(
         "OnPolicyDistill": "distill",
         "OnPolicyModule": "onpolicy",
         "Policy": "policy",
+        "ProRLGRPO": "grpo",
         "SupervisedFineTune": "supervised",
     },
 )

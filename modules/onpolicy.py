@@ -30,9 +30,9 @@ from lightning_onpolicy.modules.update import LoopSpec as LoopSpec
 from lightning_onpolicy.modules.update import UpdateLoop
 
 
-def adamw(params: Any) -> torch.optim.Optimizer:
-    """AdamW with the field's settings for post-training: betas 0.9/0.95, no weight decay, lr 1e-5."""
-    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+def adamw(params: Any, lr: float = 1e-5) -> torch.optim.Optimizer:
+    """AdamW with the field's settings for post-training: betas 0.9/0.95, no weight decay."""
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.LightningModule):
@@ -212,9 +212,13 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 "truncated": (~batch.finished[own]).double(),
                 "policy_lag": (self.policy_version - batch.policy_version[own]).double(),
                 **{f"reward/{k}": v[own & ~v.isnan()] for k, v in batch.reward_parts.items()},
+                **{f"groups/{k}": torch.tensor(v, device=self.device) for k, v in batch.counts.items()},
             }
         )
-        return tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+        if "groups/sampled" in metrics:  # both are means over ranks
+            metrics["groups/varying_share"] = metrics["groups/varying"] / metrics["groups/sampled"]
+        return metrics
 
     def report(self, stage: str, metrics: Mapping[str, float], batch: RolloutBatch) -> dict[str, float]:
         """Log metrics under ``stage/``; the effective sample size is derived here from summed moments.

@@ -44,9 +44,10 @@ def import_all(package):
     def stop(name):
         raise
     root = importlib.import_module(package)
-    # What only worker processes import (…_worker) needs its verifier's package at once.
+    # What only worker processes import (…_worker) needs its verifier's package at once; what only a CUDA tensor
+    # loads (triton_…) needs Triton.
     names = [m.name for m in pkgutil.walk_packages(root.__path__, package + ".", stop)]
-    names = [name for name in names if not name.endswith("_worker")]
+    names = [name for name in names if not name.endswith("_worker") and ".triton_" not in name]
     for name in names:
         importlib.import_module(name)
     return names
@@ -72,6 +73,16 @@ def python(code: str, hidden: tuple[str, ...] = (), **env: str) -> str:
 def test_kernels_import_with_torch_alone() -> None:
     code = IMPORT_ALL + "print(len(import_all('lightning_onpolicy.kernels')))"
     assert int(python(code, hidden=ABOVE_TORCH, PYTHONSAFEPATH="1")) > 5
+
+
+def test_token_stats_loads_no_triton_kernel_without_a_cuda_tensor() -> None:
+    code = (
+        "import sys, torch\nfrom lightning_onpolicy.kernels import token_stats\n"
+        "token_stats(torch.ones(1, 2), torch.ones(3, 2), outputs=('lse',))\n"
+        "print([m for m in sys.modules if '.kernels.triton_' in m])"
+    )
+    assert python(code, hidden=ABOVE_TORCH, PYTHONSAFEPATH="1") == "[]"
+    assert python(code, PYTHONSAFEPATH="1") == "[]"
 
 
 def test_losses_import_with_torch_alone() -> None:

@@ -6,6 +6,7 @@ from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.rewards.base import Reward as Reward
+    from lightning_onpolicy.datamodules.rewards.code import CodeReward as CodeReward
     from lightning_onpolicy.datamodules.rewards.composite import GatedReward as GatedReward
     from lightning_onpolicy.datamodules.rewards.composite import RoutedReward as RoutedReward
     from lightning_onpolicy.datamodules.rewards.composite import WeightedReward as WeightedReward
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.rewards.lengths import Overlong as Overlong
     from lightning_onpolicy.datamodules.rewards.lengths import StopProperly as StopProperly
     from lightning_onpolicy.datamodules.rewards.math import MathReward as MathReward
+    from lightning_onpolicy.datamodules.rewards.sandbox import Sandbox as Sandbox
     from lightning_onpolicy.datamodules.rewards.shaping import Scheduled as Scheduled
     from lightning_onpolicy.datamodules.rewards.shaping import Shaper as Shaper
     from lightning_onpolicy.datamodules.rewards.stem import ChoiceReward as ChoiceReward
@@ -30,6 +32,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "ChoiceReward": "stem",
+        "CodeReward": "code",
         "Cosine": "lengths",
         "FunctionReward": "function",
         "GatedReward": "composite",
@@ -43,6 +46,7 @@ __getattr__, __dir__, __all__ = attach(
         "Overlong": "lengths",
         "Reward": "base",
         "RoutedReward": "composite",
+        "Sandbox": "sandbox",
         "Scheduled": "shaping",
         "Shaper": "shaping",
         "StopProperly": "lengths",

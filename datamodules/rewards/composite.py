@@ -133,21 +133,24 @@ class RoutedReward(CompositeReward):
         self.inner, self.key = dict(routes), key
 
     def score_parts(self, groups: Sequence[Group]) -> tuple[Scores, dict[str, Scores]]:
-        """Each group's scores; the parts of the routes that it did not take are None."""
+        """Each group's scores; the parts of the routes that it did not take are None.
+
+        All parts are there whatever was routed, so that all ranks log the same names.
+        """
         taken = [self._route(group) for group in groups]
         out: Scores = [[] for _ in groups]
-        parts: dict[str, Scores] = {}
+        parts: dict[str, Scores] = {
+            name: [[None] * len(group.completions) for group in groups] for name in part_names(self.inner)
+        }
         for route, reward in self.inner.items():
             mine = [i for i, name in enumerate(taken) if name == route]
             if not mine:
                 continue
             for name, scores in score_all({route: reward}, [groups[i] for i in mine]).items():
-                rows: Scores = [[None] * len(group.completions) for group in groups]
                 for i, row in zip(mine, scores, strict=True):
-                    rows[i] = row
+                    parts[name][i] = row
                     if name == route:
                         out[i] = row
-                parts[name] = rows
         return out, parts
 
     def _route(self, group: Group) -> str:
@@ -160,6 +163,15 @@ class RoutedReward(CompositeReward):
                 f"{sorted(self.inner)}. Add it, or '*' for all others."
             )
         return route
+
+
+def part_names(rewards: Mapping[str, Reward]) -> list[str]:
+    """The names under which :func:`score_all` gives scores."""
+    names: list[str] = []
+    for name, reward in rewards.items():
+        inner = part_names(reward.inner) if isinstance(reward, CompositeReward) else []
+        names += [name, *(f"{name}/{part}" for part in inner)]
+    return names
 
 
 def score_all(rewards: Mapping[str, Reward], groups: Sequence[Group]) -> dict[str, Scores]:

@@ -28,7 +28,43 @@ class Case:
         return op(self.hidden, self.weight, self.targets, outputs=outputs, **{**self.options, **more})
 
     def leaves(self) -> list[Tensor]:
-        return [x for x in (self.hidden, self.weight, self.options["bias"]) if x is not None]
+        leaves = (self.hidden, self.weight, self.options["bias"])
+        return [x for x in leaves if x is not None and x.requires_grad]
+
+    def frozen(self) -> Case:
+        """The same with a head that takes no gradient."""
+        bias = self.options["bias"]
+        options = {**self.options, "bias": None if bias is None else bias.detach()}
+        return replace(self, weight=self.weight.detach(), options=options)
+
+    def padded(self, junk: float = 1e4) -> Case:
+        """The same with padding: three rows more in the student's head, one in the teacher's, all junk."""
+
+        def pad(x: Tensor | None, rows: int) -> Tensor | None:
+            if x is None:
+                return None
+            longer = torch.cat((x.detach(), x.new_full((rows, *x.shape[1:]), junk)))
+            return longer.requires_grad_(x.requires_grad)
+
+        teacher = self.options["teacher"]
+        wide = replace(teacher, weight=pad(teacher.weight, 1), bias=pad(teacher.bias, 1))
+        options = {"bias": pad(self.options["bias"], 3), "teacher": wide, "vocab_size": self.weight.shape[0]}
+        return replace(self, weight=pad(self.weight, 3), options={**self.options, **options})
+
+    def masked(self, mask: Tensor) -> Case:
+        """The same with a mask, and nothing usable in the rows it drops."""
+
+        def spoil(x: Tensor, junk: float) -> Tensor:
+            shape = (-1,) + (1,) * (x.ndim - 1)
+            return x.detach().masked_fill(~mask.view(shape), junk).requires_grad_(x.requires_grad)
+
+        options = {**self.options, "mask": mask, "ids": spoil(self.options["ids"], -7)}
+        teacher, topk = options["teacher"], options["topk"]
+        options["teacher"] = replace(teacher, hidden=spoil(teacher.hidden, torch.inf))
+        options["topk"] = TopK(spoil(topk.ids, 10**6), spoil(topk.logps, 3.0))
+        if isinstance(options["temperature"], Tensor):
+            options["temperature"] = spoil(options["temperature"], 0.0)
+        return Case(spoil(self.hidden, torch.nan), self.weight, spoil(self.targets, -100), options)
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype, as fresh leaves."""
@@ -84,6 +120,7 @@ def build(
             normal(N, 4), normal(V, 4), normal(V) if bias else None, soft_cap=soft_cap, logit_scale=1.3
         ),
         "topk": TopK(ids, normal(N, true + 1).log_softmax(1)[:, :K]),
+        "mask": None,
         "beta": 0.3,
         "alpha": 0.2,
     }
@@ -115,17 +152,18 @@ def upstream() -> Callable[..., dict[str, Tensor]]:
 def grads(upstream: Callable[..., dict[str, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
     """Gradients of random per-token combinations of all statistics with respect to the leaves of a case."""
 
-    def compute(case: Case, stats: TokenStats) -> tuple[Tensor, ...]:
+    def compute(case: Case, stats: TokenStats, *, keep: bool = False) -> tuple[Tensor, ...]:
         weights = upstream(stats)
         total = sum((stats[name] * weights[name]).sum() for name in weights)
-        return torch.autograd.grad(total, case.leaves())
+        return torch.autograd.grad(total, case.leaves(), retain_graph=keep)
 
     return compute
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 rows and 5 ids, so that N = 7 and V = 23 end in ragged tiles both ways."""
+    """Tiles of 4 rows and 5 ids in strips of 3 rows, so that N = 7 and V = 23 end raggedly every way."""
     monkeypatch.setattr(tiles, "CPU_ROWS", 4)
     monkeypatch.setattr(tiles, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "CPU_STRIP", 15)
     monkeypatch.setattr(tiles, "MIN_COLUMNS", 5)

@@ -45,6 +45,10 @@ WRONG = [
     ({"teacher": TeacherHead(torch.randn(4, 3), torch.randn(12, 3))}, "vocab_size"),
     ({"teacher": TeacherHead(torch.randn(4, 3), torch.randn(9, 3)), "vocab_size": 10}, "vocabulary"),
     ({"topk": TopK(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 3))}, "topk.logps"),
+    ({"mask": torch.ones(4)}, "mask"),
+    ({"mask": torch.ones(3).bool()}, "mask"),
+    ({"mask": torch.ones(4, device="meta").bool()}, "mask"),
+    ({"targets": TARGETS - 1, "mask": TARGETS < 3}, "-1"),
     ({"hidden": torch.randn(4, 6, device="meta")}, "weight"),
 ]
 

@@ -56,7 +56,7 @@ def test_routes_take_their_own_prompts_and_no_others() -> None:
     routed = RoutedReward({"sums": NUMBER, "codes": closing})
     groups = [group_of({"source": s, "uid": s}, "3", "4") for s in ("codes", "sums", "codes")]
     assert routed.score(groups) == [[1.0, 1.0], [3.0, 4.0], [1.0, 1.0]]
-    assert routed.score([groups[1]]) == [[3.0, 4.0]]
+    assert routed.score_parts([groups[1]]) == ([[3.0, 4.0]], {"sums": [[3.0, 4.0]], "codes": [[None, None]]})
     assert closing.seen == [2], "once, with its groups together; not at all where it has none"
     with pytest.raises(
         ValueError, match=r"'poems': no reward for source 'poems'; routes has \['codes', 'sums'\]"

@@ -1,0 +1,243 @@
+"""Dynamic sampling: which groups enter a batch, how gaps are filled, and that all ranks sample equally often."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import toys
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, Sampling
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
+from lightning_onpolicy.datamodules.engines.base import RolloutEngine
+from lightning_onpolicy.datamodules.loader import RolloutLoader, RolloutMaker
+from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.rewards.function import FunctionReward
+
+TOKENIZER = toys.tokenizer()
+
+
+def scored(*total: float | None, name: str = "", **parts: Sequence[float | None]) -> ScoredGroup:
+    completion = Completion(torch.tensor([3, 22]), torch.tensor([-0.5, -1.0]), "eos", 1, "t")
+    return ScoredGroup(Group(Prompt((1, 2), "p", uid=name), (completion,) * len(total)), parts, total)
+
+
+def names(batch: Sequence[ScoredGroup]) -> list[str]:
+    return [s.group.prompt.uid for s in batch]
+
+
+def rounds(*given_rounds: Sequence[ScoredGroup]) -> Callable[[int], Sequence[ScoredGroup]]:
+    return lambda number: given_rounds[number]
+
+
+GOOD, ALL, NONE = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("total", "kept"),
+    [
+        ((1.0, 0.0), True),
+        ((1.0, 1.0), False),
+        ((0.0, 0.0, 0.0), False),
+        ((0.01, 0.0), True),  # partial credit varies too
+        ((0.95,) * 7, False),  # whose float standard deviation is not 0
+        ((None, 1.0, 0.0), True),
+        ((None, 1.0, 1.0), False),  # what could not be scored is no difference
+        ((None, None), False),
+    ],
+)
+def test_a_group_counts_if_and_only_if_its_reward_varies(total: tuple[Any, ...], kept: bool) -> None:
+    assert scored(*total).varies(None) is kept
+
+
+def test_another_reward_may_be_the_one_that_must_vary() -> None:
+    group = scored(0.5, 1.0, accuracy=[0.0, 0.0], style=[0.5, 1.0])
+    assert group.varies(None) and group.varies("style") and not group.varies("accuracy")
+
+
+def test_gaps_are_filled_and_the_surplus_is_carried_over_once() -> None:
+    refill = Refill(DynamicSampling(), 2, bool)
+    first = rounds(
+        [scored(*GOOD, name="a"), scored(*ALL, name="b")], [scored(*GOOD, name="c"), scored(*GOOD, name="d")]
+    )
+    batch, counts = refill.fill(0, first)
+    assert names(batch) == ["a", "c"]
+    assert counts == {"sampled": 4, "varying": 3, "carried": 0, "rounds": 2, "missing": 0}
+    batch, counts = refill.fill(1, rounds([scored(*NONE, name="e"), scored(*GOOD, name="f")]))
+    assert names(batch) == ["f", "d"]  # the newest first, and no second round
+    assert counts["carried"] == 1 and counts["rounds"] == 1
+    enough = [scored(*GOOD, name="g"), scored(*GOOD, name="h")]
+    assert names(refill.fill(2, rounds(enough))[0]) == ["g", "h"]
+
+
+@pytest.mark.parametrize(("max_age", "expected"), [(0, ["x"]), (1, ["x"]), (2, ["x", "d"])])
+def test_surplus_does_not_grow_old(max_age: int, expected: list[str]) -> None:
+    refill = Refill(DynamicSampling(max_rounds=2, max_age=max_age), 2, bool)
+    refill.fill(
+        0,
+        rounds([scored(*GOOD, name="a"), scored(*ALL)], [scored(*GOOD, name="c"), scored(*GOOD, name="d")]),
+    )
+    poor = rounds([scored(*GOOD, name="x"), scored(*ALL)], [scored(*ALL), scored(*ALL)])
+    assert names(refill.fill(2, poor)[0]) == expected
+
+
+def test_a_smaller_batch_says_so_and_an_empty_one_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    poor = rounds([scored(*GOOD, name="a"), scored(*ALL)], [scored(*NONE), scored(*ALL)])
+    batch, counts = Refill(DynamicSampling(max_rounds=2), 2, bool).fill(7, poor)
+    assert names(batch) == ["a"] and counts["missing"] == 1
+    assert "batch 7: 1 of 2 groups after 2 rounds (4 sampled)" in caplog.text
+    with pytest.raises(RuntimeError, match=r"batch 3: none of the 4 groups sampled in 2 rounds"):
+        Refill(DynamicSampling(max_rounds=2), 2, bool).fill(
+            3, rounds([scored(*ALL)] * 2, [scored(*NONE)] * 2)
+        )
+
+
+@given(
+    wanted=st.integers(1, 5),
+    worlds=st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=2, max_size=2),
+    max_rounds=st.integers(1, 4),
+)
+def test_ranks_agree_on_the_number_of_rounds(wanted: int, worlds: list[list[bool]], max_rounds: int) -> None:
+    """Two ranks in two threads, whose statements meet at a barrier: a rank too few or too many would break it."""
+    barrier = threading.Barrier(2, timeout=5)
+    said = [False, False]
+
+    def run(rank: int) -> None:
+        def any_rank(here: bool) -> bool:
+            said[rank] = here
+            barrier.wait()
+            out = any(said)
+            barrier.wait()
+            return out
+
+        def sample(number: int) -> list[ScoredGroup]:
+            luck = worlds[rank][(number * wanted) % 8 :] + worlds[rank]
+            return [scored(*(GOOD if luck[i % len(luck)] else ALL)) for i in range(wanted)]
+
+        try:
+            results[rank] = Refill(DynamicSampling(max_rounds=max_rounds), wanted, any_rank).fill(0, sample)
+        except RuntimeError as error:
+            results[rank] = error if "none of the" in str(error) else None
+
+    results: list[Any] = [None, None]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in results, results
+    if isinstance(results[0], RuntimeError):
+        assert isinstance(results[1], RuntimeError)
+        return
+    (one, a), (other, b) = results
+    assert a["rounds"] == b["rounds"] and a["sampled"] == b["sampled"] == a["rounds"] * wanted
+    assert len(one) <= wanted and len(other) <= wanted
+    if a["rounds"] < max_rounds:
+        assert len(one) == len(other) == wanted
+
+
+class Lucky(RolloutEngine):
+    """Two completions per prompt, that differ where the prompt's last token is even."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+    ) -> list[list[Completion]]:
+        self.asked.append(seed)
+        return [
+            [
+                Completion(torch.tensor([p[-1] + i * (p[-1] % 2 == 0), 22]), torch.zeros(2), "eos", 5)
+                for i in (0, 1)
+            ]
+            for p in prompts
+        ]
+
+    def sync(self, policy: Any, version: int) -> None:
+        """Nothing to sync."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def loader(spec: DynamicSampling | None, **settings: Any) -> RolloutLoader:
+    rows = [{"prompt": f"t{i} t{i + 1}", "uid": str(i)} for i in range(7)]
+    reward = FunctionReward(
+        lambda prompt, text: float(len(text) and text.split()[0] == prompt.text.split()[-1])
+    )
+    maker = RolloutMaker(Lucky(), TOKENIZER, rewards={"same": reward}, group_size=2)
+    stream = PromptStream(rows, TOKENIZER, chat=False, shuffle=True)
+    return RolloutLoader(stream, maker, prompts_per_batch=3, steps=4, dynamic_sampling=spec, **settings)
+
+
+def test_the_loader_yields_whole_batches_of_groups_that_vary() -> None:
+    load = loader(DynamicSampling(max_rounds=9))
+    for batch in load:
+        assert len(batch) == 6 and batch.counts["missing"] == 0
+        for g in batch.group.unique():
+            assert batch.rewards[batch.group == g].unique().numel() == 2
+    engine = load.maker.engine
+    assert isinstance(engine, Lucky)
+    assert len(set(engine.asked)) == len(engine.asked) > 4, "every round draws with a seed of its own"
+    plain = [set(b.rewards[b.group == g].tolist()) for b in loader(None) for g in b.group.unique()]
+    assert any(len(values) == 1 for values in plain), "without the filter some groups do not vary"
+
+
+def test_the_surplus_survives_a_checkpoint(tmp_path: Any) -> None:
+    """Weights-only loading must accept it, and the batches that follow must be the same."""
+    load = loader(DynamicSampling(max_rounds=9))
+    batches = iter(load)
+    seen = 0
+    while not load.state_dict()["surplus"]:
+        next(batches)
+        seen += 1
+    torch.save(load.state_dict(), tmp_path / "state.pt")
+    again = loader(DynamicSampling(max_rounds=9))
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one, other in zip(batches, again, strict=True):
+        seen += 1
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.sampler_logprobs, other.sampler_logprobs)
+        assert one.prompts == other.prompts and one.counts == other.counts
+    assert seen == 4
+
+
+def test_a_rank_without_a_group_takes_part_with_a_row_that_teaches_nothing() -> None:
+    load = loader(DynamicSampling(max_rounds=1), any_rank=lambda here: True)
+    empty = [b for b in load if not bool(b.response_mask.any())]
+    assert all(len(b) == 1 and bool(b.rewards.isnan().all()) for b in empty)
+    always = RolloutMaker(
+        Lucky(), TOKENIZER, rewards={"one": FunctionReward(lambda prompt, text: 1.0)}, group_size=2
+    )
+    batch = RolloutLoader(
+        load.stream,
+        always,
+        prompts_per_batch=3,
+        steps=1,
+        dynamic_sampling=DynamicSampling(max_rounds=1),
+        any_rank=lambda here: True,
+    ).make()
+    assert not bool(batch.response_mask.any()) and len(batch) == 1 and batch.counts["missing"] == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DynamicSampling(max_rounds=0), "max_rounds must be >= 1"),
+        (lambda: DynamicSampling(max_age=-1), "max_age must be >= 0"),
+        (lambda: loader(DynamicSampling(metric="accuracy")), "metric is 'accuracy'; the rewards are"),
+        (
+            lambda: loader(DynamicSampling(), on_policy_fraction=0.5, off_policy=lambda p, s: []),
+            "needs on_policy_fraction 1",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,45 @@
+"""ProRLGRPO on two ranks gives the weights of one process: DDP and FSDP2, full weights and adapters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks_grpo
+import torch
+
+SCRIPT = Path(ranks_grpo.__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")])
+def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, lora: str) -> None:
+    """Catches: whitening or covariances per rank, a reference that is not sharded as the policy is, a stale reset."""
+    one = ranks_grpo.run("auto", lora == "lora")
+    out = tmp_path / "result.pt"
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    if "PYTHONPATH" in os.environ:
+        env["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
+        str(SCRIPT), strategy, lora, str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = torch.load(out, weights_only=True)
+    start = ranks_grpo.ranks.student(False, lora == "lora").state_dict()
+    moved = 0.0
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(
+            two["weights"][name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-3, "the test's step must move the weights by far more than the tolerance"
+    for name, value in two["reference"].items():
+        assert torch.equal(value, two["weights"][name]), name
+    assert one["metrics"]["train/kl_ref_k3"] > 0
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
