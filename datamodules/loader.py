@@ -24,7 +24,7 @@ from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
-from lightning_onpolicy.datamodules.rewards.composite import score_all, weighted_sum
+from lightning_onpolicy.datamodules.rewards.composite import part_names, score_all, weighted_sum
 from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
@@ -139,7 +139,8 @@ class RolloutMaker:
     def stack(self, scored: Sequence[ScoredGroup], counts: Mapping[str, float] | None = None) -> RolloutBatch:
         """One batch of scored groups, shaped."""
         groups = [s.group for s in scored]
-        parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in scored[0].parts}
+        names = scored[0].parts if scored else ()
+        parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
         task: Scores = [list(s.total) for s in scored]
         pad = self.tokenizer.pad_token_id
         return collate(
@@ -212,9 +213,10 @@ class RolloutLoader(StreamLoader):
             if on_policy_fraction < 1:
                 raise ValueError("dynamic_sampling needs on_policy_fraction 1: given responses do not vary.")
             metric = dynamic_sampling.metric
-            if not maker.rewards or metric not in (None, *maker.rewards):
+            names = part_names(maker.rewards)
+            if not names or metric not in (None, *names):
                 raise ValueError(
-                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(maker.rewards)}: without a "
+                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(names)}: without a "
                     "reward no group varies."
                 )
             self._refill = Refill(dynamic_sampling, prompts_per_batch, any_rank)

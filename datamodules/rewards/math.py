@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lightning_onpolicy.datamodules.rewards.pooled import Known, PooledReward, need
@@ -27,15 +28,18 @@ _WORD = re.compile(r"[^\W\d_]{2}")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s?\{([^{}\d]{0,1000})\}")
 _SPACE = re.compile(r"\\[,!;: ]|~|\s|\\(?:left|right|displaystyle)(?![A-Za-z])")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '-][^\W\d_]{1,}){0,20}")
-_INTEGER = re.compile(r"([+-]?)(\d{1,60}|\d{1,3}(?:,\d{3}){1,19})(?:\.0{0,20})?")
+_RATIONAL = re.compile(
+    r"([+-]?)(?:\\frac(?:\{([+-]?\d{1,40})\}\{(\d{1,40})\}|(\d)(\d))"
+    r"|(\d{1,3}(?:,\d{3}){1,13}|\d{0,40})(?:\.(\d{0,40})|/(\d{1,40}))?)"
+)
 
 
 class MathReward(PooledReward):
     r"""1 for an answer equal to the row's, 0 for another or none: numbers, formulas, sets, intervals, matrices.
 
-    Equal strings and plain integers are decided at once; the rest goes to math-verify (the extra
-    ``lightning-onpolicy[verify]``) in worker processes. Answers in words are compared as words. The reference may
-    itself be a solution with ``\boxed{…}`` or "####", a number, or a list of which any is right.
+    Equal strings, and integers, decimals and fractions of plain digits, are decided at once; the rest goes to
+    math-verify (the extra ``lightning-onpolicy[verify]``) in worker processes. Answers in words are compared as words.
+    The reference may itself be a solution with ``\boxed{…}`` or "####", a number, or a list of which any is right.
 
     Args:
         answer_key: Key of the row's reference answer.
@@ -135,7 +139,7 @@ def equal(gold: str, answer: str) -> bool | None:
     r"""Whether strings alone say that two answers are equal; None if they do not say.
 
     Example:
-        >>> equal("1,000", "1000"), equal("7", "8"), equal(r"\text{Rome}", "rome"), equal("1/2", "0.5")
+        >>> equal("1,000", "1000"), equal("7", "8"), equal(r"\text{Rome}", "rome"), equal("2x", "x+x")
         (True, False, True, None)
     """
     if len(answer) > 4 * MAX_CHARS:
@@ -145,8 +149,13 @@ def equal(gold: str, answer: str) -> bool | None:
         return True
     if _TEXT.fullmatch(gold.strip(" $.")) or _WORDS.fullmatch(a):  # for SymPy, "on" would be o·n, and so "no"
         return " ".join(a.split()).casefold() == " ".join(b.split()).casefold()
-    x, y = integer(squeeze(a)), integer(squeeze(b))
-    return None if x is None or y is None else x == y
+    x, y = rational(squeeze(a)), rational(squeeze(b))
+    if x is None or y is None:
+        return None
+    if x == y:
+        return True
+    # Near decimals may be equal in math-verify's rounding.
+    return None if "." in a + b and abs(x - y) * 1000 <= max(1, abs(x)) else False
 
 
 def _inside(line: str, open_: str, close: str) -> str:
@@ -167,13 +176,25 @@ def squeeze(latex: str) -> str:
     return bare.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
-def integer(text: str) -> str | None:
-    """A plain integer without sign ``+``, leading zeros and separators; None if the text is none."""
-    match = _INTEGER.fullmatch(text)
-    if match is None:
+def rational(text: str) -> Fraction | None:
+    r"""The value of an integer, decimal or fraction of at most 40 digits; None if the text is none.
+
+    Example:
+        >>> rational("-1,250.50"), rational("\\frac{6}{4}"), rational("x")
+        (Fraction(-2501, 2), Fraction(3, 2), None)
+    """
+    match = _RATIONAL.fullmatch(text)
+    if match is None or not any(match.groups()[1:]):
         return None
-    digits = match[2].replace(",", "").lstrip("0") or "0"
-    return digits if match[1] != "-" or digits == "0" else f"-{digits}"
+    sign, top, bottom, short_top, short_bottom, whole, decimals, below = match.groups()
+    numerator, denominator = (
+        top or short_top or whole.replace(",", "") or "0",
+        bottom or short_bottom or below or "1",
+    )
+    if not int(denominator):
+        return None
+    value = Fraction(int(numerator + (decimals or "")), int(denominator) * 10 ** len(decimals or ""))
+    return -value if sign == "-" else value
 
 
 def depth(latex: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_onpolicy.datamodules.given import group_of
 from lightning_onpolicy.datamodules.rewards.base import Reward
-from lightning_onpolicy.datamodules.rewards.math import MathReward, answers, depth, equal, integer
+from lightning_onpolicy.datamodules.rewards.math import MathReward, answers, depth, equal, rational
 
 needs_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs the extra lightning-onpolicy[verify]"
@@ -164,7 +164,7 @@ def test_equal_answers_to_a_prompt_are_verified_once(
     sent: list[object] = []
     answer = reward.pool.map
     monkeypatch.setattr(reward.pool, "map", lambda items: sent.extend(items) or answer(items))
-    groups = [group_of({"answer": "1/2"}, "\\boxed{0.5}", "\\boxed{0.5}", "\\boxed{1/2}")] * 2
+    groups = [group_of({"answer": "2x"}, "\\boxed{x+x}", "\\boxed{x+x}", "\\boxed{2x}")] * 2
     assert reward.score(groups) == [[1.0] * 3] * 2
     assert len(sent) == 2, "one per prompt; equal strings need none"
 
@@ -180,7 +180,14 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     [
         ("7", "8", False),
         ("1000", "1,000", True),
-        ("0.5", "0.50", None),
+        ("0.5", "0.50", True),
+        ("1/2", "0.5", True),
+        ("1/3", "0.333333", None),
+        ("1/3", "0.3", False),
+        ("1/3", "2/6", True),
+        ("1/3", "1/4", False),
+        ("50\\%", "0.5", None),
+        ("2x", "x+x", None),
         ("x", "x ", True),
         ("\\dfrac{1}{2}", "\\frac{1}{2}", True),
         ("abc", "cab", False),
@@ -192,14 +199,25 @@ def test_what_strings_decide(gold: str, answer: str, verdict: bool | None) -> No
 
 
 def test_helpers() -> None:
-    assert [integer(x) for x in ("-007", "-0", "1,234,567.0", "12,34", "1.5", "")] == [
-        "-7",
-        "0",
-        "1234567",
-        None,
-        None,
-        None,
-    ]
+    texts = (
+        "-007",
+        "-0",
+        "1,234,567.0",
+        "12,34",
+        "1.5",
+        ".5",
+        "5.",
+        "-3/4",
+        "\\frac34",
+        "1/0",
+        "",
+        ".",
+        "-",
+        "1/2/3",
+    )
+    values = [-7, 0, 1234567, None, 1.5, 0.5, 5, -0.75, 0.75, None, None, None, None, None]
+    assert [rational(x) for x in texts] == values
+    assert rational("9" * 41) is None
     assert depth("{(1)}[2]") == 2
     assert answers("Answer: between 3 and $4$.")[-1] == "4"
     assert answers("The answer is \\$5.50.") == ["\\$5.50"]
