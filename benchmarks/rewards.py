@@ -107,11 +107,11 @@ def formula(n: int) -> tuple[dict[str, Any], str]:
 
 
 def mixed(n: int) -> tuple[dict[str, Any], str]:
-    """A formula every other time; else an integer, right or wrong or none."""
-    if n % 2:
-        return formula(n)
+    """A formula one time in four; else an integer, right or wrong or none."""
+    if n % 4 == 3:
+        return formula(n // 4)
     return {"answer": str(n)}, (f"So \\boxed{{{n}}}", f"The answer is {n}.", f"\\boxed{{{n + 1}}}", "Hm.")[
-        n // 2 % 4
+        n // 4 % 4
     ]
 
 

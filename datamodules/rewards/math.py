@@ -150,6 +150,8 @@ def equal(gold: str, answer: str) -> bool | None:
     if _TEXT.fullmatch(gold.strip(" $.")) or _WORDS.fullmatch(a):  # for SymPy, "on" would be o·n, and so "no"
         return " ".join(a.split()).casefold() == " ".join(b.split()).casefold()
     x, y = rational(squeeze(a)), rational(squeeze(b))
+    if x is not None and "\\" not in b and not any(c.isdecimal() for c in b):
+        return False  # a number without a digit
     if x is None or y is None:
         return None
     if x == y:

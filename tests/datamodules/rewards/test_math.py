@@ -188,6 +188,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         ("1/3", "1/4", False),
         ("50\\%", "0.5", None),
         ("2x", "x+x", None),
+        ("7", "Hm", False),
+        ("1", "\\sin\\pi", None),
         ("x", "x ", True),
         ("\\dfrac{1}{2}", "\\frac{1}{2}", True),
         ("abc", "cab", False),

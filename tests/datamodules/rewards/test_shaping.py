@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Group, Prompt
-from lightning_onpolicy.datamodules.loader import RolloutMaker
+from lightning_onpolicy.datamodules.dynamic import DynamicSampling
+from lightning_onpolicy.datamodules.loader import RolloutLoader, RolloutMaker
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
+from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards import (
     Cosine,
     FunctionReward,
@@ -171,6 +173,29 @@ def test_the_maker_shapes_the_total_and_keeps_it() -> None:
     assert batch.rewards.tolist()[:3] == [1.5, 0.0, -1.5]
     assert bool(batch.rewards[3].isnan()) and bool(batch.reward_parts["task"][3].isnan())
     assert batch.reward_parts["half"].tolist() == [0.5] * 4
+
+
+def test_dynamic_sampling_filters_by_the_raw_total() -> None:
+    """Catches: lengths that vary taken for a signal where every answer is wrong."""
+    engine = SimpleNamespace(
+        generate=lambda prompts, n, sampling, seed: [
+            [Completion(torch.full((T,), 22), torch.zeros(T), "eos") for T in (10, 20)] for _ in prompts
+        ]
+    )
+    # The shorter answer to every other prompt is right.
+    right = SimpleNamespace(
+        score=lambda groups: [
+            [float(int(g.prompt.uid) % 2 == 1 and len(c.ids) == 10) for c in g.completions] for g in groups
+        ]
+    )
+    stream = PromptStream(
+        [{"prompt": f"t{i}", "uid": str(i)} for i in range(8)], TOKENIZER, chat=False, shuffle=False
+    )
+    maker = RolloutMaker(engine, TOKENIZER, rewards={"ok": right}, shapers=[KimiLength()], group_size=2)  # type: ignore[arg-type]
+    load = RolloutLoader(stream, maker, prompts_per_batch=2, steps=1, dynamic_sampling=DynamicSampling())
+    [batch] = load
+    assert batch.reward_parts["task"].tolist() == [1.0, 0.0] * 2
+    assert batch.rewards.tolist() == [1.5, -0.5] * 2
 
 
 HALF = FunctionReward(lambda p, t: 0.5)
