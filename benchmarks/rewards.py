@@ -1,11 +1,13 @@
 """How many answers do the verifiers score per second, and what does one stuck answer cost?
 
 Code: programs of a realistic mix (right, wrong, crashing, without code), five tests each by standard input or by
-function calls, every one in a sandbox. Each lane runs with 1 and with 2 workers, warm; then once more with one
-answer in it that never ends, which costs its deadline. The share of time lost is 1 − t / t_stuck.
+function calls, every one in a sandbox. Maths: formulas, which all go to math-verify (`formulas`), and a mix of which
+strings decide three in four (`math`). Choices, numbers with units, and instructions (four per prompt): short answers.
+Each lane runs with 1 and with 2 workers, warm; then once more with one answer in it that never ends, which costs its
+deadline (for the last three, which cannot hang, a megabyte). The share of time lost is 1 − t / t_stuck.
 
     python benchmarks/rewards.py --code 1000
-    python benchmarks/rewards.py --code 200 --tiers subprocess
+    python benchmarks/rewards.py --code 200 --tiers subprocess --text 0
 
 Writes `benchmarks/results/rewards.json` (every run) and `.csv` (one line per verifier, tier and number of workers).
 """
@@ -28,7 +30,13 @@ sys.path.append(str(Path(__file__).parent))
 from common import hardware, write_results
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
-from lightning_onpolicy.datamodules.rewards import CodeReward
+from lightning_onpolicy.datamodules.rewards import (
+    ChoiceReward,
+    CodeReward,
+    InstructionReward,
+    MathReward,
+    NumericReward,
+)
 from lightning_onpolicy.datamodules.rewards.sandbox import find
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
 
@@ -76,6 +84,80 @@ def code_answers(count: int, stuck: bool) -> list[Group]:
     return groups
 
 
+def text_answers(kind: str, count: int, stuck: bool) -> list[Group]:
+    """``count`` short answers, none equal to another; with ``stuck``, the first one is the worst of its kind."""
+    groups = [group(*ANSWERS[kind](number)) for number in range(count)]
+    if stuck:
+        worst = "\\boxed{9^{9^{9^{9}}}}" if kind in ("math", "formulas") else "[*a, " * 200_000
+        groups[0] = group(dict(groups[0].prompt.row) | {"answer": groups[-1].prompt.row.get("answer")}, worst)
+    return groups
+
+
+def formula(n: int) -> tuple[dict[str, Any], str]:
+    """A reference and an answer that only algebra can compare; every other one is right."""
+    golds = (f"\\frac{{{2 * n + 1}}}{{4}}\\pi", f"(x+{n + 1})^2", f"{n + 2}\\sqrt{{2}}", f"({n}, {n + 1}]")
+    right = (
+        f"{(2 * n + 1) / 4}\\pi",
+        f"x^2+{2 * n + 2}x+{(n + 1) ** 2}",
+        f"\\sqrt{{{2 * (n + 2) ** 2}}}",
+        f"({n}, {n}+1]",
+    )
+    wrong = (f"{n / 4}\\pi", f"x^2+{n}", f"\\sqrt{{{n + 1}}}", f"[{n}, {n + 1}]")
+    return {"answer": golds[n % 4]}, f"Some steps, so it is \\boxed{{{(right, wrong)[n // 4 % 2][n % 4]}}}."
+
+
+def mixed(n: int) -> tuple[dict[str, Any], str]:
+    """A formula one time in four; else an integer, right or wrong or none."""
+    if n % 4 == 3:
+        return formula(n // 4)
+    return {"answer": str(n)}, (f"So \\boxed{{{n}}}", f"The answer is {n}.", f"\\boxed{{{n + 1}}}", "Hm.")[
+        n // 4 % 4
+    ]
+
+
+INSTRUCTIONS = {
+    "instruction_id_list": [
+        "length_constraints:number_words",
+        "keywords:forbidden_words",
+        "length_constraints:number_sentences",
+        "detectable_format:number_bullet_lists",
+    ],
+    "kwargs": [
+        {"num_words": 50, "relation": "at least"},
+        {"forbidden_words": ["rain", "snow"]},
+        {"num_sentences": 9, "relation": "less than"},
+        {"num_bullets": 2},
+    ],
+}
+ANSWERS: dict[str, Callable[[int], tuple[dict[str, Any], str]]] = {
+    "math": mixed,
+    "formulas": formula,
+    "choice": lambda n: ({"answer": "ABCD"[n % 4]}, f"Of the {n}, the answer is ({'ABCD'[n // 2 % 4]})."),
+    "numeric": lambda n: ({"answer": f"{n + 1} m/s"}, f"It moves at {(n + 1) * (3.6, 3)[n % 2]:.6g} km/h"),
+    "instructions": lambda n: (
+        INSTRUCTIONS,
+        f"* Sun {n} shines on it. Or not.\n* " + "So it goes on. " * (n % 9 + 9),
+    ),
+}
+VERIFIERS: dict[str, Callable[..., Verifier]] = {
+    "math": MathReward,
+    "formulas": MathReward,
+    "choice": ChoiceReward,
+    "numeric": NumericReward,
+    "instructions": InstructionReward,
+}
+
+
+def text_lanes(args: argparse.Namespace) -> Iterator[Lane]:
+    """One lane per verifier of text."""
+    for kind in args.verifiers.split(",") if args.text else ():
+        yield (
+            {"verifier": kind, "tier": ""},
+            VERIFIERS[kind],
+            functools.partial(text_answers, kind, args.text),
+        )
+
+
 def measure(
     make: Callable[..., Verifier], answers: Callable[[bool], list[Group]], workers: int, repeats: int
 ) -> dict[str, Any]:
@@ -120,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--code", type=int, default=1000, help="programs per run")
+    parser.add_argument("--code", type=int, default=1000, help="programs per run; 0: none")
+    parser.add_argument("--text", type=int, default=2000, help="answers per run of the others; 0: none")
+    parser.add_argument("--verifiers", default=",".join(VERIFIERS), help="which others, comma-separated")
     parser.add_argument(
         "--tiers", default=",".join(t.label for t in Tier), help="sandbox tiers, comma-separated"
     )
@@ -131,7 +215,7 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="goes into the names of the result files")
     args = parser.parse_args()
     rows = []
-    for labels, make, answers in code_lanes(args):
+    for labels, make, answers in [*(code_lanes(args) if args.code else ()), *text_lanes(args)]:
         for workers in map(int, args.workers.split(",")):
             rows.append(labels | measure(make, answers, workers, args.repeats))
             print({key: value for key, value in rows[-1].items() if key != "runs"}, flush=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
+    from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -45,6 +46,7 @@ __getattr__, __dir__, __all__ = attach(
         "RolloutMaker": "loader",
         "Sampling": "batch",
         "SupervisedDataModule": "supervised",
+        "TargetLengthSource": "targets",
         "collate": "batch",
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +61,17 @@ def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None)
     return Completion(
         torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
     )
+
+
+def group_of(row: Mapping[str, Any], *texts: str) -> Group:
+    """A group of plain texts without tokens, to try a reward on.
+
+    Args:
+        row: The prompt's row; its ``prompt``, ``uid`` and ``source`` become the prompt's.
+        texts: The completions' texts.
+    """
+    prompt = Prompt(
+        (), str(row.get("prompt", "")), dict(row), str(row.get("uid", "")), str(row.get("source", ""))
+    )
+    none = torch.empty(0)
+    return Group(prompt, tuple(Completion(none.long(), none, "eos", -1, t) for t in texts), on_policy=False)

@@ -182,6 +182,8 @@ def load_tasks(tasks: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str,
     unknown = sorted(set(tasks) - set(reasoning_gym().factory.DATASETS))
     if unknown:
         raise ValueError(f"{where}: reasoning-gym has no tasks named {unknown}.")
+    if "composite" in tasks:
+        raise ValueError(f"{where}: 'composite' mixes other tasks: list them here, with their weights.")
     return {name: _task(value, f"{where}: {name}") for name, value in tasks.items()}
 
 

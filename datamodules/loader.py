@@ -25,6 +25,8 @@ from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.rewards.composite import part_names, score_all, weighted_sum
+from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
@@ -43,6 +45,7 @@ class RolloutMaker:
         rewards: Named rewards; none is fine for methods that grade tokens themselves.
         weights: Weight of each reward in the total; default 1 each. A completion that any weighted reward could
             not score has no total (NaN).
+        shapers: Applied to the total, one after the other; the unshaped total is then the part ``task``.
         group_size: Completions per prompt.
         sampling: How tokens are drawn.
         before: Called before each sampling, e.g. to hand the engine the newest weights.
@@ -50,7 +53,7 @@ class RolloutMaker:
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
 
     Raises:
-        ValueError: If a weight names no reward.
+        ValueError: If a weight names no reward, or a reward that is shaped is called ``task``.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class RolloutMaker:
         *,
         rewards: Mapping[str, Reward] | None = None,
         weights: Mapping[str, float] | None = None,
+        shapers: Sequence[Shaper] = (),
         group_size: int = 4,
         sampling: Sampling | None = None,
         before: Callable[[RolloutEngine], None] | None = None,
@@ -75,8 +79,11 @@ class RolloutMaker:
             raise ValueError(
                 f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}."
             )
+        if shapers and "task" in self.rewards:
+            raise ValueError("a reward cannot be called 'task' where shapers are: the unshaped total is.")
         if group_size < 1:
             raise ValueError(f"group_size must be >= 1, got {group_size}.")
+        self.shapers = tuple(shapers)
         self.group_size = group_size
         self.sampling = sampling or Sampling()
         self.before, self.context = before, context
@@ -100,36 +107,26 @@ class RolloutMaker:
         ]
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name.
+        """Every reward's scores, by name; those inside a composite as ``name/part``.
 
         Raises:
             ValueError: If a reward does not return one score per completion; the message names it.
         """
         with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            parts = {name: reward.score(groups) for name, reward in self.rewards.items()}
-        sizes = [len(group.completions) for group in groups]
-        for name, scores in parts.items():
-            if (given := [len(s) for s in scores]) != sizes:
-                raise ValueError(
-                    f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
-                )
-        return parts
+            return score_all(self.rewards, groups)
 
     def total(
         self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
     ) -> list[list[float | None]]:
         """The weighted sum of the parts; None where a part with non-zero weight is None, or there is no reward."""
-        used = {name: parts[name] for name, weight in self.weights.items() if weight != 0}
-        out: list[list[float | None]] = []
-        for g, group in enumerate(groups):
-            row: list[float | None] = []
-            for i in range(len(group.completions)):
-                values = {name: scores[g][i] for name, scores in used.items()}
-                known = {name: v for name, v in values.items() if v is not None}
-                complete = bool(used) and len(known) == len(values)
-                row.append(sum(self.weights[n] * v for n, v in known.items()) if complete else None)
-            out.append(row)
-        return out
+        return weighted_sum(parts, self.weights, groups)
+
+    def shape(self, groups: Sequence[Group], task: Scores) -> Scores:
+        """What is trained on, from the totals."""
+        rewards = task
+        for shaper in self.shapers:
+            rewards = shaper.shape(groups, rewards, task)
+        return rewards
 
     def scored(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """The groups with their scores."""
@@ -141,20 +138,24 @@ class RolloutMaker:
         ]
 
     def stack(self, scored: Sequence[ScoredGroup], counts: Mapping[str, float] | None = None) -> RolloutBatch:
-        """One batch of scored groups."""
+        """One batch of scored groups, shaped."""
+        groups = [s.group for s in scored]
+        names = scored[0].parts if scored else ()
+        parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
+        task: Scores = [list(s.total) for s in scored]
         pad = self.tokenizer.pad_token_id
         return collate(
-            [s.group for s in scored],
+            groups,
             pad_id=self.tokenizer.eos_token_id if pad is None else pad,
-            rewards=[s.total for s in scored],
-            reward_parts={name: [s.parts[name] for s in scored] for name in self.rewards},
+            rewards=self.shape(groups, task),
+            reward_parts={**parts, "task": task} if self.shapers else parts,
             sampling=self.sampling,
             timings=self.phases.take(),
             counts=counts,
         )
 
     def collate(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Score and stack groups."""
+        """Score, shape and stack groups."""
         return self.stack(self.scored(groups))
 
     def close(self) -> None:
@@ -213,9 +214,10 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
             if on_policy_fraction < 1:
                 raise ValueError("dynamic_sampling needs on_policy_fraction 1: given responses do not vary.")
             metric = dynamic_sampling.metric
-            if not maker.rewards or metric not in (None, *maker.rewards):
+            names = part_names(maker.rewards)
+            if not names or metric not in (None, *names):
                 raise ValueError(
-                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(maker.rewards)}: without a "
+                    f"dynamic_sampling.metric is {metric!r}; the rewards are {sorted(names)}: without a "
                     "reward no group varies."
                 )
             self._refill = Refill(dynamic_sampling, prompts_per_batch, any_rank)

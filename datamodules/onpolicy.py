@@ -20,6 +20,7 @@ from lightning_onpolicy.datamodules.loader import (
 from lightning_onpolicy.datamodules.precision import autocast_of, keep_batches
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
 from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.rewards.shaping import Shaper
 from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
@@ -55,6 +56,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         sampling: How training rollouts are drawn.
         rewards: Named rewards.
         reward_weights: Weights of the rewards in the total; default 1 each.
+        shapers: Applied to training totals, one after the other; the unshaped total is then the part ``task``.
         eval_prompts: Evaluation prompts over all ranks; null takes the whole source.
         eval_group_size: Completions per evaluation prompt: the k of avg@k.
         eval_prompts_per_batch: Evaluation prompts per batch and rank.
@@ -87,6 +89,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         sampling: Sampling | None = None,
         rewards: dict[str, Reward] | None = None,
         reward_weights: dict[str, float] | None = None,
+        shapers: list[Shaper] | None = None,
         eval_prompts: int | None = None,
         eval_group_size: int = 4,
         eval_prompts_per_batch: int = 64,
@@ -115,6 +118,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.sampling = sampling or Sampling()
         self.rewards, self.reward_weights = rewards or {}, reward_weights or {}
+        self.shapers = shapers or []
         self.eval_prompts, self.eval_group_size = eval_prompts, eval_group_size
         self.eval_prompts_per_batch = eval_prompts_per_batch
         self.eval_sampling = eval_sampling or self.sampling
@@ -165,7 +169,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         return self._continued(
             RolloutLoader(
                 self._stream("train", shuffle=True),
-                self._maker(self.group_size, self.sampling),
+                self._maker(self.group_size, self.sampling, self.shapers),
                 prompts_per_batch=self.prompts_per_batch,
                 steps=self.steps_this_run(),
                 seed=self.seed,
@@ -224,7 +228,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             world_size=world,
         )
 
-    def _maker(self, group_size: int, sampling: Sampling) -> RolloutMaker:
+    def _maker(self, group_size: int, sampling: Sampling, shapers: Sequence[Shaper] = ()) -> RolloutMaker:
         if self._engine is None or self._engine_policy is not self.model.policy:
             self._engine, self._engine_policy = self.engine_callable(self.model.policy), self.model.policy
         maker = RolloutMaker(
@@ -232,6 +236,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.model.tokenizer,
             rewards=self.rewards,
             weights=self.reward_weights,
+            shapers=shapers,
             group_size=group_size,
             sampling=sampling,
             before=lambda engine: engine.sync(self.model.policy, self._version()),

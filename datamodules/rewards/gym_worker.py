@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 # At the top, and so before the worker says it is ready: the import takes seconds, which are no answer's fault. Only
@@ -20,6 +21,10 @@ LITERAL_TASKS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string
 SYMPY_TASKS = frozenset(
     {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
+# … that raise on answers of the wrong shape, which are wrong answers and no failures of the scorer.
+RAISING_TASKS = frozenset({"boxnet", "coin_flip", "game_of_life", "prime_factorization"})
+# … and that take any answer: they ask for bool("False").
+EXACT_TASKS = frozenset({"game_of_life_halting"})
 SYMPY_WORDS = frozenset(
     {
         "Abs",
@@ -73,12 +78,28 @@ def is_formula(answer: str) -> bool:
     )
 
 
-def score(item: tuple[str, str, Mapping[str, Any], str]) -> float:
-    """Score ``(task, config as JSON, entry, answer)``; full marks are 1.
+def _near(answer: str, gold: str) -> bool:
+    return abs(float(Fraction(answer.replace(",", ""))) - float(Fraction(gold))) <= 1e-4
+
+
+def score(item: tuple[tuple[str, str, Mapping[str, Any]], str]) -> float:
+    """Score ``((task, config as JSON, entry), answer)``; full marks are 1.
 
     An answer that a scorer would evaluate although it is no formula counts as an empty one.
     """
-    task, config, entry, answer = item
+    (task, config, entry), answer = item
+    if task in EXACT_TASKS:
+        return float(answer.casefold() == str(entry["answer"]).casefold())
+    if task == "complex_arithmetic" and "nan" in answer.casefold():
+        return 0.0  # its min(1, exp(-nan)) is 1
     if task in SYMPY_TASKS and not is_formula(answer):
         answer = ""
-    return float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+    try:
+        value = float(scorer(task, config).score_answer(answer=answer, entry=dict(entry)))
+        if task == "coin_flip" and value >= 1 and not _near(answer, entry["answer"]):
+            return 0.0  # it compares digits up to the shorter number's end: "0" would be right
+        return value
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        if task in RAISING_TASKS:
+            return 0.0
+        raise

@@ -72,6 +72,7 @@ def test_tasks_come_from_a_file_and_from_the_package(tmp_path: Path) -> None:
     ("tasks", "message"),
     [
         ({}, "non-empty mapping"),
+        ({"composite": {}}, "'composite' mixes other tasks"),
         ({"chain_summ": {}}, r"no tasks named \['chain_summ'\]"),
         ({"chain_sum": {"wieght": 2}}, "chain_sum.*keys among weight, config, prompt"),
         ({"chain_sum": {"weight": 0}}, r"chain_sum\.weight must be a positive number"),
