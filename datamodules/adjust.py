@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rows import MixedSource
+
+if TYPE_CHECKING:
+    from lightning_onpolicy.datamodules.loader import RolloutMaker
 
 
 class AdjustableRollouts:
     """Mixin of :class:`RolloutLoader`: what a ``StageSchedule`` asks of it."""
 
     stream: PromptStream
-    maker: Any
+    maker: RolloutMaker
     off_policy: Any
 
     def check(self, settings: Mapping[str, Any]) -> None:
