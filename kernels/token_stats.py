@@ -20,7 +20,8 @@ from lightning_onpolicy.kernels.checks import check
 from lightning_onpolicy.kernels.divergences import CURVED
 from lightning_onpolicy.kernels.epilogues import buffers, choose
 from lightning_onpolicy.kernels.head_logits import accumulation_dtype, operand_dtype
-from lightning_onpolicy.kernels.ops import Problem, token_stats_op
+from lightning_onpolicy.kernels.ops import token_stats_op
+from lightning_onpolicy.kernels.problem import Problem
 from lightning_onpolicy.kernels.sharding import VocabShard
 from lightning_onpolicy.kernels.spec import TEACHER_OUTPUTS, TOPK_OUTPUTS, TeacherHead, TokenStats, TopK
 from lightning_onpolicy.kernels.tiles import (

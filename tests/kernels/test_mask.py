@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_onpolicy.kernels import LogProbHead, ops, reference, tiles, token_stats
+from lightning_onpolicy.kernels import LogProbHead, head_logits, ops, reference, tiles, token_stats
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS
 
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in METRIC_OUTPUTS)
@@ -57,13 +57,13 @@ def test_upstream_gradients_of_masked_rows_are_not_read(make):
 def test_only_unmasked_rows_reach_the_products(make, monkeypatch):
     case = make().masked(bits("1011001"))
     seen = []
-    real = ops.HeadLogits.prepare
+    real = head_logits.HeadLogits.prepare
 
     def spy(hidden, *arguments, **options):
         seen.append(tuple(hidden.shape))
         return real(hidden, *arguments, **options)
 
-    monkeypatch.setattr(ops.HeadLogits, "prepare", spy)
+    monkeypatch.setattr(head_logits.HeadLogits, "prepare", spy)
     stats = case.run(token_stats, ("logp", "jsd"))
     assert sorted(seen) == [(4, 4), (4, 6)]
     torch.autograd.grad((stats.logp + stats.jsd).sum(), case.leaves())

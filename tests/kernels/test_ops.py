@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lightning_onpolicy.kernels import TeacherHead, ops, reference, tiles, token_stats
+from lightning_onpolicy.kernels import TeacherHead, head_logits, ops, reference, tiles, token_stats
 from lightning_onpolicy.kernels import token_stats as public
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS
 
@@ -249,13 +249,13 @@ def test_unused_outputs_cost_no_teacher_product(make, monkeypatch):
     case = make()
     stats = case.run(token_stats, ("logp", "reverse_kl"), budget_bytes=0)
     seen = []
-    real = ops.HeadLogits.prepare
+    real = head_logits.HeadLogits.prepare
 
     def spy(hidden, *arguments, **options):
         seen.append(hidden.shape[1])
         return real(hidden, *arguments, **options)
 
-    monkeypatch.setattr(ops.HeadLogits, "prepare", spy)
+    monkeypatch.setattr(head_logits.HeadLogits, "prepare", spy)
     torch.autograd.grad(stats.logp.sum(), case.leaves(), retain_graph=True)
     assert seen == [6]
     torch.autograd.grad(stats.reverse_kl.sum(), case.leaves())
