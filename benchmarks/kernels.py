@@ -10,7 +10,8 @@ Questions (`--questions`), one result and one plot each:
 
 Every side is first compared with float64: one that computes something else is not timed. Then all take turns, each
 once a round, with the bare products among them; ratios are taken within a round, for machines drift. Products write
-into memory that is there, in the faster of two orientations. Peak memory is over inputs and gradients, in a fresh
+into memory that is there, in the faster of two orientations; a further row has them allocate their results, as any op
+in a training step must. Peak memory is over inputs and gradients, in a fresh
 process per side. A peer that is not installed or cannot run is listed with the reason; peers that give less (no
 entropy, one gradient for all tokens) are marked so. The CPU computes in float32, CUDA in bfloat16.
 

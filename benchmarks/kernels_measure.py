@@ -18,6 +18,7 @@ from kernels_sides import Question, Run, Side
 from lightning_onpolicy.kernels.tiles import DEFAULT_BUDGET_BYTES
 
 Series = dict[str, list[float]]
+AFRESH = "the kept products, allocating"
 Errors = dict[str, tuple[float, float]]  # RMS and largest, by output and gradient
 #: Largest RMS error of anything a side gives, past which it is taken to compute something else.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -124,7 +125,7 @@ def time_question(
     problem = Problem.build(shape, device, dtype_on(device), frozen=question.frozen)
     checked = check(question.sides, problem, device)
     products = Products(problem, device, teacher=question.teacher)
-    calls: dict[str, Callable[[], object]] = dict(products.calls)
+    calls: dict[str, Callable[[], object]] = {**products.calls, AFRESH: products.afresh}
     calls |= {name: partial(side.run, problem) for name, side in checked.items() if side.run is not None}
     return checked, products, alternate(calls, rounds, device)
 
@@ -151,10 +152,11 @@ def rows_of(
     series: tuple[Series, Series],
     memory: dict[str, int],
 ) -> list[dict[str, Any]]:
-    """One row per side, after two of bare products. Ratios are taken round by round, against the same round's products.
+    """One row per side, after three of bare products. Ratios are taken round by round, over that round's products.
 
     `ratio` is over the products that the side's method needs (logits twice if it recomputes them), `limit` is its
-    inverse; `ratio_to_kept` is over those of a method that keeps the logits, for all alike.
+    inverse; `ratio_to_kept` is over those of a method that keeps the logits, for all alike; `ratio_to_allocating` over
+    the latter where each allocates its result.
     """
     wall, cpu = series
     rows = []
@@ -164,6 +166,8 @@ def rows_of(
         kept = _sums(wall, products.needed(recomputed=False))
         row = {"side": "bare products: " + " + ".join(names), "status": "ok", "does_less": ""}
         rows.append(row | _times(total, total, kept))
+    kept = _sums(wall, products.needed(recomputed=False))
+    rows.append({"side": AFRESH, "status": "ok", "does_less": "", **_times(wall[AFRESH], kept, kept)})
     for side in question.sides:
         state = checked[side.name]
         row = {"side": side.name, "status": f"not run: {state.why_not}" if state.run is None else "ok"}
@@ -174,6 +178,8 @@ def rows_of(
             row |= _times(
                 wall[side.name], _sums(wall, needed), _sums(wall, products.needed(recomputed=False))
             )
+            shares = [a / b for a, b in zip(wall[side.name], wall[AFRESH], strict=True)]
+            row["ratio_to_allocating"] = round(quantiles(shares)[1], 3)
             if products.device == "cpu":
                 shares = [a / b for a, b in zip(cpu[side.name], _sums(cpu, needed), strict=True)]
                 row["ratio_by_cpu_time"] = round(quantiles(shares)[1], 3)

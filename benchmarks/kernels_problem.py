@@ -184,7 +184,8 @@ class Products:
     """Bare matrix products: what no exact method can do without, so the limit of them all.
 
     Each writes into memory that is there, in the dtype of the inputs, and in the faster of two orientations:
-    logits stored ``[N, V]`` or ``[V, N]``. Gradients have the orientation of what they belong to.
+    logits stored ``[N, V]`` or ``[V, N]``. Gradients have the orientation of what they belong to. :meth:`afresh` is
+    what the same products cost where results are allocated, as every op in a training step must.
 
     Args:
         problem: The tensors.
@@ -209,6 +210,7 @@ class Products:
         if teacher:
             y_NH, u_VH = problem.teacher_hidden, problem.teacher_weight
             made["t"] = (_mm(y_NH, u_VH.T, z_NV), _mm(u_VH, y_NH.T, z_VN))
+        self.afresh = _afresh(problem, teacher=teacher)
         self.calls = {name: min(pair, key=lambda call: _seconds(call, device)) for name, pair in made.items()}
         self.orientation = {
             name: ("[N, V]", "[V, N]")[pair.index(self.calls[name])] for name, pair in made.items()
@@ -219,6 +221,21 @@ class Products:
         logits = tuple(name for name in ("z", "t") if name in self.calls)
         gradients = tuple(name for name in ("dX", "dW") if name in self.calls)
         return logits + gradients + (logits if recomputed else ())
+
+
+def _afresh(problem: Problem, *, teacher: bool) -> Callable[[], list[Tensor]]:
+    x_NH, w_VH = problem.hidden.detach(), problem.weight.detach()
+
+    def run() -> list[Tensor]:
+        z_NV = torch.mm(x_NH, w_VH.T)
+        out = [z_NV, torch.mm(z_NV, w_VH)]
+        if problem.weight.requires_grad:
+            out.append(torch.mm(z_NV.T, x_NH))
+        if teacher:
+            out.append(torch.mm(problem.teacher_hidden, problem.teacher_weight.T))
+        return out
+
+    return run
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:

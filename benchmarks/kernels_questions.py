@@ -112,6 +112,8 @@ def table_line(row: dict[str, Any]) -> str:
         return f"  {row['side']:34} {row['status']}"
     line = f"  {row['side']:34} {1e3 * row['median_s']:9.1f} ms  {row['ratio']:.3f}x its products"
     line += f"  {row['ratio_to_kept']:.3f}x kept"
+    if "ratio_to_allocating" in row:
+        line += f"  {row['ratio_to_allocating']:.3f}x allocating"
     if "ratio_by_cpu_time" in row:
         line += f"  cpu {row['ratio_by_cpu_time']:.3f}x"
     if "peak_extra_mib" in row:

@@ -15,16 +15,30 @@ if TYPE_CHECKING:
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
     from lightning_onpolicy.callbacks.report import LearningCurve as LearningCurve
+    from lightning_onpolicy.callbacks.resets import OptimizerReset as OptimizerReset
+    from lightning_onpolicy.callbacks.resets import ReferenceReset as ReferenceReset
     from lightning_onpolicy.callbacks.rollouts import RolloutLogger as RolloutLogger
+    from lightning_onpolicy.callbacks.stages import StageSchedule as StageSchedule
+    from lightning_onpolicy.callbacks.triggers import Ceiling as Ceiling
+    from lightning_onpolicy.callbacks.triggers import EveryNSteps as EveryNSteps
+    from lightning_onpolicy.callbacks.triggers import Stall as Stall
+    from lightning_onpolicy.callbacks.triggers import Trigger as Trigger
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "Ceiling": "triggers",
         "CompletionWriter": "completions",
+        "EveryNSteps": "triggers",
         "ExportHF": "export",
         "LearningCurve": "report",
         "MismatchMonitor": "monitors",
+        "OptimizerReset": "resets",
         "PhaseMonitor": "monitors",
+        "ReferenceReset": "resets",
         "RolloutLogger": "rollouts",
+        "StageSchedule": "stages",
+        "Stall": "triggers",
+        "Trigger": "triggers",
     },
 )

@@ -33,6 +33,44 @@ class HasPolicy(Protocol):
     policy: SavesPolicy
 
 
+@runtime_checkable
+class ResetsReference(Protocol):
+    """A LightningModule that knows how its reference becomes the current policy.
+
+    For references that are no plain copy of the policy, such as a frozen second adapter over a shared base.
+    """
+
+    def reset_reference(self) -> None:
+        """Make the reference equal to the policy as it is now; called on all ranks."""
+
+
+@runtime_checkable
+class FollowsReset(Protocol):
+    """A LightningModule that keeps something computed with the reference, such as buffered log-probabilities."""
+
+    def on_reference_reset(self) -> None:
+        """Drop it: the reference has just changed."""
+
+
+@runtime_checkable
+class ReactsToReset(Protocol):
+    """A callback that acts whenever a ``ReferenceReset`` of the same Trainer has reset its reference."""
+
+    def after_reference_reset(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act; called on all ranks, before anything else is sampled or saved."""
+
+
+@runtime_checkable
+class Adjustable(Protocol):
+    """A training dataloader whose settings may change between batches (``RolloutLoader`` is one)."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise an error that names the key if one is unknown or a value is not allowed."""
+
+    def adjust(self, settings: Mapping[str, Any]) -> None:
+        """Change these settings from the next batch on, and no other."""
+
+
 class WarnOnce:
     """Warns on rank 0, each message once.
 

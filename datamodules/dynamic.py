@@ -77,16 +77,18 @@ class Refill:
 
     def __init__(self, spec: DynamicSampling, wanted: int, any_rank: Callable[[bool], bool]) -> None:
         self.spec, self.wanted, self.any_rank = spec, wanted, any_rank
-        self._surplus: list[tuple[int, ScoredGroup]] = []  # with the number of the batch it was sampled for
+        # With the number of the batch it was sampled for, and how.
+        self._surplus: list[tuple[int, str, ScoredGroup]] = []
 
     def fill(
-        self, number: int, sample: Callable[[int], Sequence[ScoredGroup]]
+        self, number: int, sample: Callable[[int], Sequence[ScoredGroup]], drawn: str = ""
     ) -> tuple[list[ScoredGroup], dict[str, float]]:
         """Groups of one batch, and what was counted on the way.
 
         Args:
             number: Of the batch.
             sample: Makes the groups of a round, given its number.
+            drawn: How they are sampled; surplus that was sampled otherwise is thrown away.
 
         Returns:
             At most ``wanted`` groups; none if no group varies on this rank but some do on others.
@@ -94,7 +96,7 @@ class Refill:
         Raises:
             RuntimeError: If no group varies on any rank.
         """
-        old = [pair for pair in self._surplus if number - pair[0] <= self.spec.max_age]
+        old = [x for x in self._surplus if number - x[0] <= self.spec.max_age and x[1] == drawn]
         fresh: list[ScoredGroup] = []
         sampled = rounds = 0
         while rounds == 0 or (
@@ -106,8 +108,8 @@ class Refill:
             fresh += [g for g in groups if g.varies(self.spec.metric)]
         used = fresh[: self.wanted]
         carried = old[: self.wanted - len(used)]
-        self._surplus = [*old[len(carried) :], *((number, g) for g in fresh[len(used) :])]
-        batch = [*used, *(g for _, g in carried)]
+        self._surplus = [*old[len(carried) :], *((number, drawn, g) for g in fresh[len(used) :])]
+        batch = [*used, *(g for *_, g in carried)]
         if not self.any_rank(bool(batch)):
             raise RuntimeError(
                 f"batch {number}: none of the {sampled} groups sampled in {rounds} rounds has rewards that differ: "
@@ -130,11 +132,13 @@ class Refill:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The surplus in plain values and tensors."""
-        return [{"number": number, **_plain(scored)} for number, scored in self._surplus]
+        return [
+            {"number": number, "drawn": drawn, **_plain(scored)} for number, drawn, scored in self._surplus
+        ]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Take up a surplus."""
-        self._surplus = [(int(item["number"]), _scored(item)) for item in state]
+        self._surplus = [(int(item["number"]), item["drawn"], _scored(item)) for item in state]
 
 
 def _plain(scored: ScoredGroup) -> dict[str, Any]:

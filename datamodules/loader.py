@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_onpolicy.datamodules.adjust import AdjustableRollouts
 from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
 from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
@@ -166,7 +167,7 @@ class RolloutMaker:
                 close()
 
 
-class RolloutLoader(StreamLoader):
+class RolloutLoader(AdjustableRollouts, StreamLoader):
     """A sized, resumable loader of on-policy batches: it samples when asked, so no batch is ever stale.
 
     Args:
@@ -243,7 +244,9 @@ class RolloutLoader(StreamLoader):
             last[:] = self.maker.scored(self.maker.sample(chosen, seed))
             return last
 
-        scored, counts = refill.fill(self.batches_made, sample)
+        scored, counts = refill.fill(
+            self.batches_made, sample, repr((self.maker.sampling, self.maker.group_size))
+        )
         if scored:
             return self.maker.stack(scored, counts)
         # Other ranks have something to train on: this one takes part with a row that teaches nothing.

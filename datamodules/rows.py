@@ -31,6 +31,17 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class MixedSource(Protocol):
+    """A source that mixes several, whose weights may change while it is read (``GymSource`` is one)."""
+
+    def check_mix(self, weights: Mapping[str, float]) -> None:
+        """Raise a ValueError that names the key if one is unknown or a weight is not allowed."""
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Give these parts new weights, relative to those of the others, for rows read from now on."""
+
+
 @dataclass(frozen=True)
 class RowKeys:
     """Under which keys a file or dataset keeps what the library calls prompt, messages, response and answer.

@@ -48,10 +48,10 @@ def coefficients(
     Args:
         grads: Upstream gradient per output, ``[N]`` (``index_logp``: ``[N, K]``); None where unused.
         state: ``[N]`` statistics saved by the forward pass: values of ``entropy`` and ``reverse_kl``, and
-            ``E_p f`` under the name of each curved divergence; at least ``lse``.
+            ``E_p f`` under the name of each curved divergence; at least ``m``.
         factor: ``dz/d(product)``, the logit scale over the temperature: scalar or ``[N]``.
     """
-    like = state["lse"]
+    like = state["m"]
     rows: dict[str, Tensor] = {"a": torch.zeros_like(like)}
 
     def add(name: str, value: Tensor) -> None:
@@ -82,10 +82,30 @@ def coefficients(
     return Coefficients(tuple(rows), torch.stack(list(rows.values())) * factor, sparse)
 
 
+def centred(table: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Coefficients for centred logits ``u = z - m``, ``w = t - m'`` in place of log-probabilities: one pass less, and
+    nothing lost where logits are far from zero.
+
+        p (a + b l + c k + Σ g f) + d q = e^u (a' + b' u + c' w + Σ g' f) + d' e^w
+
+    Args:
+        table: ``[N]`` coefficients by name.
+        state: ``[N]`` :data:`~lightning_onpolicy.kernels.epilogues.SHIFTS` by name.
+    """
+    student = state["log_s"]
+    out = {
+        name: x * (-(state["teacher_log_s"] if name == "d" else student)).exp() for name, x in table.items()
+    }
+    for name, shift in (("b", "log_s"), ("c", "teacher_log_s")):
+        if name in out:
+            out["a"] = out["a"] - out[name] * state[shift]
+    return out
+
+
 def logit_gradient(
-    l_RC: Tensor,
-    k_RC: Tensor | None,
-    p_RC: Tensor,
+    u_RC: Tensor,
+    w_RC: Tensor | None,
+    exp_RC: Tensor,
     rows: Mapping[str, Tensor],
     curves: Mapping[str, Tensor],
     out: Tensor,
@@ -93,10 +113,10 @@ def logit_gradient(
     """``dz`` without its sparse part.
 
     Args:
-        l_RC: Student log-probabilities; overwritten.
-        k_RC: Teacher log-probabilities, needed by ``c`` and ``d``; overwritten.
-        p_RC: ``exp(l_RC)``.
-        rows: ``[R, 1]`` scalars by name.
+        u_RC: Centred student logits; overwritten.
+        w_RC: Centred teacher logits, needed by ``c`` and ``d``; overwritten.
+        exp_RC: ``exp(u_RC)``.
+        rows: ``[R, 1]`` scalars by name, as :func:`centred` gives them.
         curves: ``f`` per curved divergence, ``[R, C]``.
         out: ``[R, C]``, none of the above.
 
@@ -104,13 +124,13 @@ def logit_gradient(
         ``out``.
     """
     if rows.keys() == {"a"}:
-        return torch.mul(p_RC, rows["a"], out=out)
-    inner = l_RC.mul_(rows["b"]).add_(rows["a"]) if "b" in rows else l_RC.copy_(rows["a"].expand_as(l_RC))
-    if "c" in rows and k_RC is not None:
-        inner.addcmul_(k_RC, rows["c"])
+        return torch.mul(exp_RC, rows["a"], out=out)
+    inner = u_RC.mul_(rows["b"]).add_(rows["a"]) if "b" in rows else u_RC.copy_(rows["a"].expand_as(u_RC))
+    if "c" in rows and w_RC is not None:
+        inner.addcmul_(w_RC, rows["c"])
     for name, f_RC in curves.items():
         inner.addcmul_(f_RC, rows[name])
-    torch.mul(inner, p_RC, out=out)
-    if "d" in rows and k_RC is not None:
-        out.addcmul_(k_RC.exp_(), rows["d"])
+    torch.mul(inner, exp_RC, out=out)
+    if "d" in rows and w_RC is not None:
+        out.addcmul_(w_RC.exp_(), rows["d"])
     return out

@@ -2,8 +2,8 @@
 
 Kept logits are stored with scale, bias, soft-cap and temperature applied. Gradients are in the accumulation dtype.
 
-Legend: ``N`` tokens, ``K`` indexed ids per token; ``R`` and ``C`` rows and columns of a tile; ``z``, ``t`` student and
-teacher logits; ``l``, ``k`` their log-probabilities.
+Legend: ``N`` tokens, ``K`` indexed ids per token; ``R`` and ``C`` rows and columns of a tile, ``r`` rows of a strip;
+``z``, ``t`` student and teacher logits; ``u = z - m``, ``w = t - m'``; ``l``, ``k`` their log-probabilities.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_onpolicy.kernels.coefficients import logit_gradient
+from lightning_onpolicy.kernels.coefficients import centred, logit_gradient
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing, curve, curve_sums
 from lightning_onpolicy.kernels.epilogues import Upstream
 from lightning_onpolicy.kernels.head_logits import HeadLogits
@@ -65,8 +65,10 @@ def curves(
     """See :class:`~lightning_onpolicy.kernels.epilogues.Epilogue`."""
 
     def add(tile: Tile) -> None:
-        for block, l_rC, k_rC, _ in _log_probabilities(heads, space, tile, state):
-            assert k_rC is not None
+        for block, u_rC, w_rC, _ in _centred(heads, space, tile, state):
+            assert w_rC is not None
+            l_rC = u_rC.sub_(state["log_s"][block].unsqueeze(1))
+            k_rC = w_rC.sub_(state["teacher_log_s"][block].unsqueeze(1))
             p_rC = torch.exp(l_rC, out=space.strip(1, *l_rC.shape))
             for name in names:
                 value, mean = curve_sums(name, l_rC, k_rC, p_rC, mixing)
@@ -80,26 +82,26 @@ def curves(
 def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Tile], Tensor]:
     """See :class:`~lightning_onpolicy.kernels.epilogues.Epilogue`."""
     names = [name for name in CURVED if name in upstream.table]
-    index_NK, sparse_NK = upstream.index_NK, upstream.sparse_NK
-    table = {name: column.unsqueeze(1) for name, column in upstream.table.items()}
+    index_NK, sparse_NK, state = upstream.index_NK, upstream.sparse_NK, upstream.state
+    table_N1 = {name: x_N.unsqueeze(1) for name, x_N in centred(upstream.table, state).items()}
 
     def compute(tile: Tile) -> Tensor:
         dz_RC = space.tile(0, *tile.shape)
         if index_NK is not None and sparse_NK is not None:
             columns, inside = _columns(index_NK[tile.block], tile.part)
             sparse_RK = sparse_NK[tile.block].masked_fill(~inside, 0)
-        for block, l_rC, k_rC, rows in _log_probabilities(heads, space, tile, upstream.state):
+        for block, u_rC, w_rC, rows in _centred(heads, space, tile, state):
             cap_rC = None
             if heads.student.soft_cap is not None:
-                cap_rC = _cap_slope(
-                    heads.student, l_rC, upstream.state["lse"], block, space.strip(4, *l_rC.shape)
-                )
-            p_rC = torch.exp(l_rC, out=space.strip(1, *l_rC.shape))
-            fs = {}
-            if k_rC is not None:
-                fs = {name: curve(name, l_rC, k_rC, p_rC, upstream.mixing) for name in names}
-            coefficients = {name: column_N1[block] for name, column_N1 in table.items()}
-            logit_gradient(l_rC, k_rC, p_rC, coefficients, fs, out=dz_RC[rows])
+                cap_rC = _cap_slope(heads.student, u_rC, state["m"], block, space.strip(4, *u_rC.shape))
+            f_rC = {}
+            if names and w_rC is not None:
+                l_rC = u_rC - state["log_s"][block].unsqueeze(1)
+                k_rC = w_rC - state["teacher_log_s"][block].unsqueeze(1)
+                f_rC = {name: curve(name, l_rC, k_rC, l_rC.exp(), upstream.mixing) for name in names}
+            exp_rC = torch.exp(u_rC, out=space.strip(1, *u_rC.shape))
+            coefficients = {name: x_N1[block] for name, x_N1 in table_N1.items()}
+            logit_gradient(u_rC, w_rC, exp_rC, coefficients, f_rC, out=dz_RC[rows])
             if index_NK is not None and sparse_NK is not None:
                 dz_RC[rows].scatter_add_(1, columns[rows], sparse_RK[rows])
             if cap_rC is not None:
@@ -109,27 +111,26 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
     return compute
 
 
-def _log_probabilities(
+def _centred(
     heads: Heads, space: Workspace, tile: Tile, state: dict[str, Tensor]
 ) -> Iterator[tuple[slice, Tensor, Tensor | None, slice]]:
-    """Strip by strip: its rows, ``l`` and ``k`` in strip buffers 0 and 2, its rows within the tile."""
+    """Strip by strip: its rows, ``z - m`` and ``t - m'`` in strip buffers 0 and 2, its rows within the tile."""
     z_RC, t_RC = tile.logits(heads, space, fresh=False)
     first = tile.block.start
     for rows in heads.tiling.strips(z_RC.shape[0]):
         block = slice(first + rows.start, first + rows.stop)
-        z_rC = z_RC[rows]
-        l_rC = torch.sub(z_rC, state["lse"][block].unsqueeze(1), out=space.strip(0, *z_rC.shape))
-        k_rC = None
+        u_rC = torch.sub(z_RC[rows], state["m"][block].unsqueeze(1), out=space.strip(0, *z_RC[rows].shape))
+        w_rC = None
         if t_RC is not None:
-            teacher_lse_r1 = state["teacher_lse"][block].unsqueeze(1)
-            k_rC = torch.sub(t_RC[rows], teacher_lse_r1, out=space.strip(2, *z_rC.shape))
-        yield block, l_rC, k_rC, rows
+            m_r1 = state["teacher_m"][block].unsqueeze(1)
+            w_rC = torch.sub(t_RC[rows], m_r1, out=space.strip(2, *u_rC.shape))
+        yield block, u_rC, w_rC, rows
 
 
-def _cap_slope(head: HeadLogits, l_rC: Tensor, lse: Tensor, block: slice, out: Tensor) -> Tensor:
-    """``1 - tanh²``, from the capped logits ``(l + lse) · temperature = cap · tanh``."""
+def _cap_slope(head: HeadLogits, u_rC: Tensor, m_N: Tensor, block: slice, out: Tensor) -> Tensor:
+    """``1 - tanh²``, from the capped logits ``(u + m) · temperature = cap · tanh``."""
     assert head.soft_cap is not None
-    torch.add(l_rC, lse[block].unsqueeze(1), out=out)
+    torch.add(u_rC, m_N[block].unsqueeze(1), out=out)
     if head.inverse_temperature is not None:
         out.div_(head.inverse_temperature[block])
     return out.div_(head.soft_cap).square_().neg_().add_(1)

@@ -25,6 +25,9 @@ from lightning_onpolicy.kernels.tile_logits import Heads, Tile
 from lightning_onpolicy.kernels.tiles import Workspace
 
 NAMES = ("eager", "triton")
+#: State that turns logits into log-probabilities: ``l = (z - m) - log_s``. The two are kept apart, because their sum is
+#: rounded where logits are far from zero.
+SHIFTS = ("m", "log_s", "teacher_m", "teacher_log_s")
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 # A plain global: torch.compile guards on it, and cannot trace a ContextVar (torch 2.13).
 _forced: str | None = None
@@ -38,7 +41,7 @@ class Upstream:
         table: ``[N]`` coefficients by name (:func:`~lightning_onpolicy.kernels.coefficients.coefficients`).
         index_NK: Indexed ids, or None.
         sparse_NK: Gradients at the indexed ids, or None.
-        state: ``lse`` and, with a teacher, ``teacher_lse``, ``[N]`` each.
+        state: :data:`SHIFTS`, the last two only with a teacher, ``[N]`` each.
         mixing: Mixture weights.
     """
 

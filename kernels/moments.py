@@ -48,19 +48,14 @@ class Moments:
     argmax: Tensor | None = None
 
     def lse(self) -> Tensor:
-        """``[R]`` log-sum-exp of the student logits."""
+        """``[R]`` log-sum-exp of the student logits. For log-probabilities subtract its summands one after the other:
+        their sum is rounded where logits are far from zero."""
         return self.m + self.s.log()
 
     def entropy(self) -> Tensor:
         """``[R]`` entropy of p."""
         assert self.a is not None
         return self.s.log() - self.a / self.s
-
-    def teacher_lse(self) -> Tensor:
-        """``[R]`` log-sum-exp of the teacher logits."""
-        assert self.teacher_m is not None
-        assert self.teacher_s is not None
-        return self.teacher_m + self.teacher_s.log()
 
     def reverse_kl(self) -> Tensor:
         """``[R]`` KL(p || q)."""

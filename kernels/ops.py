@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels.coefficients import coefficients
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
-from lightning_onpolicy.kernels.epilogues import Upstream, load
+from lightning_onpolicy.kernels.epilogues import SHIFTS, Upstream, load
 from lightning_onpolicy.kernels.head_logits import HeadLogits, accumulation_dtype
 from lightning_onpolicy.kernels.reduction import Reduction
 from lightning_onpolicy.kernels.sweep import Wanted, sweep_backward, sweep_forward
@@ -149,7 +149,7 @@ class Problem:
 
     def state_names(self, names: list[str]) -> list[str]:
         """Rows of the ``[S, N]`` state that the forward op saves for gradients of the outputs ``names``."""
-        out = ["lse"] if self.teacher_hidden is None else ["lse", "teacher_lse"]
+        out = list(SHIFTS[: 2 if self.teacher_hidden is None else 4])
         return out + [name for name in ("entropy", "reverse_kl", *CURVED) if name in names]
 
     def empty(self, names: list[str]) -> list[Tensor]:
@@ -276,7 +276,7 @@ def backward(
     """Gradients of hidden states, weight and bias; empty where not wanted.
 
     ``table`` holds the coefficients named by the comma-separated ``terms``; ``state`` starts with the rows
-    ``lse`` and, with a teacher, ``teacher_lse``.
+    of ``SHIFTS``.
     """
     problem, names = Problem(*arguments), terms.split(",")
     if problem.mask is not None:
@@ -300,7 +300,7 @@ def backward(
                 dict(zip(names, table, strict=True)),
                 problem.own_index if sparse is not None else None,
                 sparse,
-                {"lse": state[0], "teacher_lse": state[1]} if with_teacher else {"lse": state[0]},
+                dict(zip(SHIFTS, state[: 4 if with_teacher else 2], strict=False)),
                 Mixing(problem.beta, problem.alpha),
             ),
             Wanted(want_hidden, want_weight, want_bias),

@@ -56,16 +56,18 @@ def sweep_forward(
     whole = concatenate(parts) if parts else no_moments(heads, names)
     if reduction is not None:
         whole, picked_NK = reduction.complete(whole, picked_NK, index_NK)
-    state = {"lse": whole.lse()}
-    out: dict[str, Tensor] = {"lse": state["lse"]}
+    state = {"m": whole.m, "log_s": whole.s.log()}
+    out: dict[str, Tensor] = {"lse": whole.lse()}
     if picked_NK is not None:
-        shifted = picked_NK - whole.m.unsqueeze(1) - whole.s.log().unsqueeze(1)
+        shifted = picked_NK - whole.m.unsqueeze(1) - state["log_s"].unsqueeze(1)
         # A -inf bias is carried as a finite, very negative logit; its log-probability is -inf again here.
         out["index_logp"] = torch.where(shifted < -1e25, -torch.inf, shifted)
     if "entropy" in names:
         out["entropy"] = state["entropy"] = whole.entropy()
     if heads.teacher is not None:
-        state["teacher_lse"] = whole.teacher_lse()
+        assert whole.teacher_m is not None
+        assert whole.teacher_s is not None
+        state |= {"teacher_m": whole.teacher_m, "teacher_log_s": whole.teacher_s.log()}
     if "reverse_kl" in names:
         out["reverse_kl"] = state["reverse_kl"] = whole.reverse_kl()
     if "forward_kl" in names:
@@ -94,7 +96,7 @@ def _sweep_curved(
     epilogue: Epilogue,
 ) -> dict[str, Tensor]:
     """Second pass, both log-sum-exps known: values; ``E_p f`` goes into ``state``."""
-    sums = state["lse"].new_zeros((len(CURVED), 2, state["lse"].shape[0]))
+    sums = state["m"].new_zeros((len(CURVED), 2, state["m"].shape[0]))
     add = epilogue.curves(heads, space, curved, state, mixing, sums)
     for part in heads.tiling.slices():
         for tile in tiles_of(heads, part):

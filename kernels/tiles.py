@@ -17,15 +17,18 @@ from torch import Tensor
 
 #: Logits and workspace a call may hold at a time, by default.
 DEFAULT_BUDGET_BYTES = 2**30
-#: Largest tile on the CPU. 4 MiB in float32: it stays in the shared cache between the product and the
-#: passes over it, while 1024 rows are enough for the product to run at full speed.
-CPU_ELEMENTS = 2**20
+#: Largest tile on the CPU. 16 MiB in float32: wide enough for the products to run at full speed, and still in the
+#: shared cache when the passes over it come.
+CPU_ELEMENTS = 2**22
 CPU_ROWS = 1024
 #: Elements of a strip: the rows of a CPU tile that go through all passes together. 1 MiB in float32, so that a strip
 #: and its intermediate results stay in the cores' own caches.
 CPU_STRIP = 2**18
 #: Largest tile elsewhere: few launches, and few passes over the accumulated gradient of the hidden states.
 GPU_ELEMENTS = 2**25
+#: Smallest tile elsewhere, whatever the budget: narrower ones leave most of a large device idle (an estimate, not
+#: measured on a GPU).
+GPU_LEAST = 2**23
 GPU_ROWS = 16384
 #: Widths of tiles, and of what is kept, are multiples of this.
 MIN_COLUMNS = 128
@@ -79,10 +82,10 @@ class Tiling:
 
 
 def tile_elements(device_type: str, budget_bytes: int, buffers: int, itemsize: int) -> int:
-    """Elements of one workspace buffer; at least 2**20, so that a small budget does not slow the products."""
+    """Elements of one workspace buffer; a small budget does not shrink it so far that the products are slow."""
     if device_type == "cpu":
         return CPU_ELEMENTS
-    return max(2**20, min(GPU_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
+    return max(GPU_LEAST, min(GPU_ELEMENTS, budget_bytes // (4 * buffers * itemsize)))
 
 
 def strip_elements(device_type: str, elements: int) -> int:

@@ -93,9 +93,9 @@ def token_stats(
         alpha: Share of the first argument in the skew KLs' mixture, in (0, 1).
         budget_bytes: Bytes of logits the call may hold, workspace included. Logits are kept for the backward
             pass (and for the second pass of the JSD, skew KLs and total variation) while the budget lasts, and
-            recomputed past it. The workspace does not shrink below 4 MiB (2**20 float32) for each head and, on
-            the CPU, 1 MiB for each of two to eight intermediate results (elsewhere as much as for a head); its
-            size depends neither on N nor on V.
+            recomputed past it. The workspace has a least size that depends neither on N nor on V: on the CPU
+            16 MiB for each head and 1 MiB for each of two to eight intermediate results, elsewhere 32 MiB for each
+            head (float32).
         shard: Where the heads' rows are split over ranks: this rank's share. ``weight``, ``bias`` and the
             teacher's are then its rows (or DTensors so sharded), all else is the same on every rank, and
             ``vocab_size`` counts the rows of all. Every rank gets the complete statistics and the complete

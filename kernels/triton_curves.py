@@ -72,8 +72,10 @@ def row_curves(
     bias_ptr,
     teacher_bias_ptr,
     inverse_ptr,
-    lse_ptr,
-    teacher_lse_ptr,
+    m_ptr,
+    log_s_ptr,
+    teacher_m_ptr,
+    teacher_log_s_ptr,
     sums_ptr,
     stride,
     columns,
@@ -95,8 +97,8 @@ def row_curves(
     z_ptr += row * columns
     t_ptr += row * columns
     sums_ptr += row
-    lse = tl.load(lse_ptr + row)
-    teacher_lse = tl.load(teacher_lse_ptr + row)
+    m, log_s = tl.load(m_ptr + row), tl.load(log_s_ptr + row)
+    teacher_m, teacher_log_s = tl.load(teacher_m_ptr + row), tl.load(teacher_log_s_ptr + row)
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
@@ -120,7 +122,7 @@ def row_curves(
             TEACHER_FOLDED,
         )
         # Outside of the row p = q = 0, and every summand has one of them as a factor.
-        l, k = centre(z, lse), centre(t, teacher_lse)  # noqa: E741
+        l, k = centre(z, m) - log_s, centre(t, teacher_m) - teacher_log_s  # noqa: E741
         p, q, u = tl.exp(l), tl.exp(k), k - l
         if JSD & CURVES:
             value, f = jsd_terms(p, q, u, beta)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_onpolicy.kernels import head_logits
 from lightning_onpolicy.kernels.divergences import CURVED, Mixing
-from lightning_onpolicy.kernels.epilogues import Upstream
+from lightning_onpolicy.kernels.epilogues import SHIFTS, Upstream
 from lightning_onpolicy.kernels.head_logits import HeadLogits
 from lightning_onpolicy.kernels.moments import Moments
 from lightning_onpolicy.kernels.tile_logits import Heads, Tile
@@ -93,8 +93,7 @@ def curves(
             tile,
             z_ptr=z_RC,
             t_ptr=t_RC,
-            lse_ptr=state["lse"][tile.block],
-            teacher_lse_ptr=state["teacher_lse"][tile.block],
+            **_shifts(state, tile),
             sums_ptr=sums[:, :, tile.block],
             stride=sums.shape[2],
             beta=mixing.beta,
@@ -108,9 +107,9 @@ def curves(
 
 def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Tile], Tensor]:
     """See :class:`~lightning_onpolicy.kernels.epilogues.Epilogue`; buffer 0 holds the result, half as wide for bf16."""
-    lse = upstream.state["lse"]
+    like = upstream.state["m"]
     # Absent coefficients are rows of zeros: what they would multiply is finite, and few variants are compiled.
-    table_8N = lse.new_zeros((len(TABLE), lse.shape[0]))
+    table_8N = like.new_zeros((len(TABLE), like.shape[0]))
     for name, value in upstream.table.items():
         table_8N[TABLE.index(name)] = value
     index_NK = None if upstream.index_NK is None else upstream.index_NK.contiguous()
@@ -120,8 +119,8 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
         given_NK = upstream.sparse_NK.contiguous()
         ids, ids_block = index_NK.shape[1], ids_block_of(index_NK.shape[1])
         sparse_NK, spare_NK = torch.empty_like(given_NK), torch.empty_like(given_NK)
-        with torch.cuda.device_of(lse):
-            sum_equal_ids[(lse.shape[0],)](index_NK, given_NK, sparse_NK, ids, IDS=ids_block)
+        with torch.cuda.device_of(like):
+            sum_equal_ids[(like.shape[0],)](index_NK, given_NK, sparse_NK, ids, IDS=ids_block)
     dtype = heads.student.x.dtype
 
     def compute(tile: Tile) -> Tensor:
@@ -133,15 +132,14 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
             z_ptr=z_RC,
             t_ptr=t_RC,
             dz_ptr=dz_RC,
-            lse_ptr=lse[tile.block],
-            teacher_lse_ptr=None if t_RC is None else upstream.state["teacher_lse"][tile.block],
+            **_shifts(upstream.state, tile),
             table_ptr=table_8N[:, tile.block],
             index_ptr=_rows(index_NK, tile),
             sparse_ptr=_rows(sparse_NK, tile),
             spare_ptr=_rows(spare_NK, tile),
             start=tile.part.start,
             dz_stride=dz_RC.stride(0),
-            stride=lse.shape[0],
+            stride=like.shape[0],
             ids=ids,
             beta=upstream.mixing.beta,
             alpha=upstream.mixing.alpha,
@@ -152,6 +150,11 @@ def gradient(heads: Heads, space: Workspace, upstream: Upstream) -> Callable[[Ti
         return dz_RC
 
     return compute
+
+
+def _shifts(state: dict[str, Tensor], tile: Tile) -> dict[str, Tensor | None]:
+    """Pointers to the summands of the log-sum-exps."""
+    return {f"{name}_ptr": _rows(state.get(name), tile) for name in SHIFTS}
 
 
 def _products(heads: Heads, space: Workspace, tile: Tile, *, fresh: bool) -> tuple[Tensor, Tensor | None]:

@@ -59,8 +59,10 @@ def dense(
     teacher_bias_ptr,
     table_ptr,
     stride,
-    lse,
-    teacher_lse,
+    m,
+    log_s,
+    teacher_m,
+    teacher_log_s,
     column,
     inside,
     inverse,
@@ -78,7 +80,7 @@ def dense(
 ):
     """Gradient of the capped logits of a row at ``column``, without the sparse part; and the slope of the cap."""
     z, slope = load_logits(z_ptr, bias_ptr, column, inside, inverse, scale, cap, CAPPED, FOLDED)
-    l = centre(z, lse)  # noqa: E741
+    l = centre(z, m) - log_s  # noqa: E741
     p = tl.exp(l)
     factor = tl.load(table_ptr) + tl.load(table_ptr + stride) * l
     if t_ptr is not None:
@@ -93,7 +95,7 @@ def dense(
             TEACHER_CAPPED,
             TEACHER_FOLDED,
         )
-        k = centre(t, teacher_lse)
+        k = centre(t, teacher_m) - teacher_log_s
         q = tl.exp(k)
         factor += tl.load(table_ptr + 2 * stride) * k
         if JSD & CURVES:
@@ -120,8 +122,10 @@ def row_gradients(
     bias_ptr,
     teacher_bias_ptr,
     inverse_ptr,
-    lse_ptr,
-    teacher_lse_ptr,
+    m_ptr,
+    log_s_ptr,
+    teacher_m_ptr,
+    teacher_log_s_ptr,
     table_ptr,
     index_ptr,
     sparse_ptr,
@@ -150,11 +154,11 @@ def row_gradients(
     z_ptr += row * columns
     dz_ptr += row * dz_stride
     table_ptr += row
-    lse = tl.load(lse_ptr + row)
-    teacher_lse = 0.0
+    m, log_s = tl.load(m_ptr + row), tl.load(log_s_ptr + row)
+    teacher_m, teacher_log_s = 0.0, 0.0
     if t_ptr is not None:
         t_ptr += row * columns
-        teacher_lse = tl.load(teacher_lse_ptr + row)
+        teacher_m, teacher_log_s = tl.load(teacher_m_ptr + row), tl.load(teacher_log_s_ptr + row)
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
@@ -172,8 +176,10 @@ def row_gradients(
                 teacher_bias_ptr,
                 table_ptr,
                 stride,
-                lse,
-                teacher_lse,
+                m,
+                log_s,
+                teacher_m,
+                teacher_log_s,
                 column,
                 inside,
                 inverse,
@@ -202,8 +208,10 @@ def row_gradients(
             teacher_bias_ptr,
             table_ptr,
             stride,
-            lse,
-            teacher_lse,
+            m,
+            log_s,
+            teacher_m,
+            teacher_log_s,
             column,
             inside,
             inverse,

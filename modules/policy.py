@@ -203,8 +203,12 @@ class Policy(nn.Module):
             self.model.enable_adapters()
 
     def frozen_names(self) -> set[str]:
-        """Names of parameters that never train (the base under adapters); checkpoints leave them out."""
-        return {name for name, p in self.named_parameters() if not p.requires_grad}
+        """Names of parameters that never change (the base under adapters); checkpoints leave them out.
+
+        Frozen adapters are not among them: those of a resettable reference change at a reset.
+        """
+        every = self.named_parameters(remove_duplicate=False)  # a tied head has a second name
+        return {name for name, p in every if not p.requires_grad and ".lora_" not in name}
 
     def save_pretrained(
         self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None

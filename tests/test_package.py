@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "lightning_onpolicy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [
-    Requirement(line) for name in ("gym", "plot", "dev") for line in PROJECT["optional-dependencies"][name]
+    Requirement(line) for name in ("gym", "plot", "verify", "dev") for line in PROJECT["optional-dependencies"][name]
 ]
 WITH_EXAMPLES = sorted(
     ".".join(("lightning_onpolicy", folder, *path.relative_to(ROOT / folder).with_suffix("").parts))

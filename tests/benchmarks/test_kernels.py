@@ -137,6 +137,7 @@ def test_ratios_are_of_the_same_round(bench: SimpleNamespace) -> None:
         "dX": [1.0, 10.0, 2.0],
         "dW": [2.0, 20.0, 4.0],
         "ours, none kept": [10.0, 100.0, 30.0],
+        bench.measure.AFRESH: [5.0, 50.0, 10.0],
     }
     rows = bench.measure.rows_of(question, checked, products, (wall, wall), {"ours, none kept": 2**21})
     by_side = {row["side"]: row for row in rows}
@@ -146,6 +147,7 @@ def test_ratios_are_of_the_same_round(bench: SimpleNamespace) -> None:
         2.5,
         0.5,
     )  # of 5 and of 4 in the first round
+    assert (ours["ratio_to_allocating"], by_side[bench.measure.AFRESH]["ratio"]) == (2.0, 1.25)
     assert (ours["median_s"], ours["peak_extra_mib"], ours["worst_rms_error"]) == (30.0, 2.0, 2e-7)
     assert by_side["bare products: z + dX + dW + z"]["ratio_to_kept"] == 1.25
     assert by_side["Apple CCE"]["status"] == "not run: needs CUDA"

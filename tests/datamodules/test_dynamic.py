@@ -208,6 +208,27 @@ def test_the_surplus_survives_a_checkpoint(tmp_path: Any) -> None:
     assert seen == 4
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("change", [{}, {"temperature": 0.5}, {"group_size": 3}])
+def test_surplus_of_other_settings_does_not_enter_a_batch(change: dict[str, Any], resumed: bool) -> None:
+    """Catches: groups drawn at another temperature under this one's name; surplus lost because a resumed run sets the
+    same settings again."""
+    load = loader(DynamicSampling(max_rounds=9))
+    batches = iter(load)
+    while not load.state_dict()["surplus"]:
+        next(batches)
+    if resumed:
+        state, load = load.state_dict(), loader(DynamicSampling(max_rounds=9))
+        load.load_state_dict(state)
+    load.adjust(change)
+    expected = [] if change else [item["number"] for item in load.state_dict()["surplus"]]
+    assert load._refill is not None
+    poor = [scored(*GOOD), scored(*ALL), scored(*ALL)]
+    drawn = repr((load.maker.sampling, load.maker.group_size))
+    _, counts = load._refill.fill(load.batches_made, lambda number: poor, drawn)
+    assert (counts["carried"] > 0) == bool(expected)
+
+
 def test_a_rank_without_a_group_takes_part_with_a_row_that_teaches_nothing() -> None:
     load = loader(DynamicSampling(max_rounds=1), any_rank=lambda here: True)
     empty = [b for b in load if not bool(b.response_mask.any())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_onpolicy.kernels import LogProbHead, ops, reference, token_stats
+from lightning_onpolicy.kernels import LogProbHead, ops, reference, tiles, token_stats
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS
 
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in METRIC_OUTPUTS)
@@ -82,7 +82,9 @@ def test_fewer_rows_keep_more_logits(make, monkeypatch):
 
     monkeypatch.setattr(ops.Problem, "of_rows", spy)
     monkeypatch.setattr("lightning_onpolicy.kernels.tiles.MIN_COLUMNS", 5)
-    budget = (2**20 + 2 * 2**18) * 8 + 8 * 10 * 8  # a tile, two strips, and ten ids of eight rows
+    budget = (
+        tiles.CPU_ELEMENTS + 2 * tiles.CPU_STRIP
+    ) * 8 + 8 * 10 * 8  # a tile, two strips, and ten ids of eight rows
     for rows in (8, 4, 2, 0):
         mask = torch.arange(8) < rows
         token_stats(case.hidden, case.weight, case.targets, mask=mask, budget_bytes=budget)

@@ -13,6 +13,7 @@ from lightning_onpolicy.kernels import (
     linear_log_prob,
     reference,
     sweep,
+    tiles,
     token_stats,
 )
 from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS, STUDENT_OUTPUTS, TEACHER_OUTPUTS
@@ -103,7 +104,8 @@ def test_budget_changes_nothing_but_time(make, grads):
     outputs = ("logp", "entropy", "reverse_kl", "jsd")
     none = case.run(token_stats, outputs, budget_bytes=0)
     grads_none = grads(case, none)
-    for budget in ((2 * 2**20 + 7 * 2**18 + 33 * 256 * 2) * 4, 2**30):  # tiles, strips, 256 ids of both heads
+    some = 2 * tiles.CPU_ELEMENTS + 7 * tiles.CPU_STRIP + 33 * 256 * 2  # tiles, strips, 256 ids of both heads
+    for budget in (4 * some, 2**30):
         other = case.run(token_stats, outputs, budget_bytes=budget)
         close(list(other.values()), list(none.values()), 1e-6)
         close(grads(case, other), grads_none, 1e-5)

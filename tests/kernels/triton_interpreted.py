@@ -27,7 +27,7 @@ from lightning_onpolicy.kernels.spec import METRIC_OUTPUTS, OUTPUTS, STUDENT_OUT
 
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in METRIC_OUTPUTS)
 # Bytes for no kept logits, some (a slice of 150 for both heads and up to 5 rows), and all.
-NOTHING, SOME, ALL = 0, 2 * 2**22 + 150 * 5 * 2 * 4, 2**30
+NOTHING, SOME, ALL = 0, 64 + 150 * 5 * 2 * 4, 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,8 @@ def test_masked_ids_are_as_good_as_absent(make, grads, masked, ids):
     for mine, others in zip(grads(case, got), grads(new, want), strict=True):
         assert mine.isfinite().all()
         kept = mine if mine.shape == others.shape else mine[keep]
-        torch.testing.assert_close(kept, others, atol=3e-6, rtol=1e-5)
+        # Either is up to 3.4e-6 from float64, and the sums run in another order.
+        torch.testing.assert_close(kept, others, atol=1e-5, rtol=1e-5)
         assert mine.shape == others.shape or mine[~keep].abs().max() == 0
 
 
