@@ -157,7 +157,7 @@ def equal(gold: str, answer: str) -> bool | None:
     if x == y:
         return True
     # Near decimals may be equal in math-verify's rounding.
-    return None if "." in a + b and abs(x - y) * 1000 <= max(1, abs(x)) else False
+    return None if "." in a + b and abs(x - y) * 1000 <= max(Fraction(1), abs(x)) else False
 
 
 def _inside(line: str, open_: str, close: str) -> str:
