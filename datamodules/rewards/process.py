@@ -86,8 +86,18 @@ class WorkerProcess:
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
 
     def gone(self) -> bool:
-        """Whether the process has ended while idle."""
-        return self.process.poll() is not None
+        """Whether the process has ended while idle.
+
+        A killed process cannot be waited for until its last thread has ended; on Linux its state tells earlier.
+        """
+        if self.process.poll() is not None:
+            return True
+        try:
+            with open(f"/proc/{self.process.pid}/stat", encoding="ascii", errors="replace") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:  # no /proc here
+            return False
+        return state in ("Z", "X")
 
     def send(self, numbers: list[int], items: list[Any]) -> None:
         """Give the worker items to score; the first one's clock starts."""
