@@ -275,7 +275,7 @@ class ProRLGRPO(OnPolicyModule):
             logp_ref_N=known.get("logp_ref"),
             logmu_N=gather(micro.sampler_logprobs, mask_BT),
             own_N=spread(micro.on_policy, mask_BT),
-            positive_N=spread(~micro.on_policy | (micro.rewards >= CORRECT), mask_BT),
+            positive_N=spread(~micro.on_policy | (_task(micro) >= CORRECT), mask_BT),
             picked_N=known.get("picked"),
         )
         loss_N, means = objective(self.objective, tokens, self.entropy_control.coef)
@@ -299,7 +299,7 @@ class ProRLGRPO(OnPolicyModule):
         """Also what the groups teach: pass rate, constant and solved groups, deviation; and the entropy bonus."""
         tally = Tally(self.device)
         own = batch.on_policy
-        summary = group_summary(batch.rewards[own], batch.group[own])
+        summary = group_summary(_task(batch)[own], batch.group[own])
         tally.add({k: v.to(self.device) for k, v in summary.items()})
         values = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
         return {**super().rollout_metrics(batch), **values, "entropy_coef": self.entropy_control.coef}
@@ -307,6 +307,11 @@ class ProRLGRPO(OnPolicyModule):
     def progress_bar_metrics(self) -> Mapping[str, str]:
         """The reward and what limits it."""
         return {"reward": "reward", "constant_groups": "const", "entropy": "H"}
+
+
+def _task(batch: RolloutBatch) -> Tensor:
+    """``[B]`` rewards before shaping: what says whether a response is right."""
+    return batch.reward_parts.get("task", batch.rewards)
 
 
 def _spec(kind: type[Spec], given: Any, default: Spec) -> Spec:

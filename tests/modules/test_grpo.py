@@ -334,6 +334,19 @@ def test_rows_of_others_have_a_supervised_loss_alone() -> None:
         fit(grpo(), [mixed])
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_shaped_reward_does_not_say_what_is_correct(right: bool) -> None:
+    """Equal shaped rewards have no advantage: what moves the policy is the likelihood of correct responses."""
+    batch = sampled()
+    task = torch.full((16,), float(right))
+    shaped = dataclasses.replace(batch, rewards=torch.full((16,), 0.5), reward_parts={"task": task})
+    module = grpo(positive_nll=1.0, kl=KLSpec(0.0))
+    start = weights(module)
+    metrics = fit(module, [shaped])
+    assert metrics["train/pass_rate"] == float(right)
+    assert any(not torch.equal(value, start[name]) for name, value in weights(module).items()) is right
+
+
 def test_settings_come_from_the_recipe_unless_given() -> None:
     module = ProRLGRPO(toys.policy(0), "prorl_v1", surrogate=SurrogateSpec("cispo"))
     assert module.kl == KLSpec(1e-4, gradient="forward")
