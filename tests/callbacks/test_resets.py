@@ -542,7 +542,7 @@ def test_two_ranks_decide_alike_copy_shards_and_resume(tmp_path: Path, strategy:
     """
     script = Path(anchored.__file__)
     env = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
         str(script), strategy, str(tmp_path / "out.pt"),

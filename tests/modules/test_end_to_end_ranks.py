@@ -23,7 +23,8 @@ def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
     """What ``ranks_fit.py`` says after a run on two ranks."""
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
+        # No empty entry: it would be the working folder.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         "PYTHONSAFEPATH": "1",
     }

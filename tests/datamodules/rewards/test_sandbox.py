@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive, eventually
 
 from lightning_onpolicy.datamodules.rewards import sandbox, scratch
 from lightning_onpolicy.datamodules.rewards.sandbox import Sandbox, TierError, choose, find
@@ -141,13 +142,10 @@ def test_a_sandbox_ends_with_who_started_it(box: Sandbox, tmp_path: Path) -> Non
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    assert Path(f"/proc/{pid}").exists()
+    assert alive(pid)
     parent.kill()
     parent.communicate()
-    end = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{pid}").exists()
+    assert eventually(lambda: not alive(pid))
 
 
 def test_auto_takes_the_strongest_tier() -> None:

@@ -12,10 +12,10 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import alive, eventually
 
 from lightning_onpolicy.datamodules.phases import Phases, PhaseTimeout
 from lightning_onpolicy.datamodules.rewards.workers import WorkerPool
@@ -77,22 +77,6 @@ def act(module: str):
         yield lambda **settings: stack.enter_context(
             WorkerPool(f"{module}:act", **{"workers": 1, "deadline_s": 0.8, **settings})
         )
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 def test_results_come_in_order(module: str) -> None:
