@@ -79,6 +79,7 @@ class Refill:
         self.spec, self.wanted, self.any_rank = spec, wanted, any_rank
         # With the number of the batch it was sampled for, and how.
         self._surplus: list[tuple[int, str, ScoredGroup]] = []
+        self._said = False
 
     def fill(
         self, number: int, sample: Callable[[int], Sequence[ScoredGroup]], drawn: str = ""
@@ -117,7 +118,9 @@ class Refill:
                 "temperature, or look at what the verifier answers."
             )
         if len(batch) < self.wanted:
-            log.warning(
+            # Once aloud; groups/missing in the metrics says how often.
+            log.log(
+                logging.INFO if self._said else logging.WARNING,
                 "batch %d: %d of %d groups after %d rounds (%d sampled): training on the smaller batch.",
                 number,
                 len(batch),
@@ -125,6 +128,7 @@ class Refill:
                 rounds,
                 sampled,
             )
+            self._said = True
         counts = {"sampled": sampled, "varying": len(fresh), "carried": len(carried), "rounds": rounds}
         return batch, {name: float(n) for name, n in counts.items()} | {
             "missing": float(self.wanted - len(batch))

@@ -88,9 +88,12 @@ def test_surplus_does_not_grow_old(max_age: int, expected: list[str]) -> None:
 
 def test_a_smaller_batch_says_so_and_an_empty_one_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     poor = rounds([scored(*GOOD, name="a"), scored(*ALL)], [scored(*NONE), scored(*ALL)])
-    batch, counts = Refill(DynamicSampling(max_rounds=2), 2, bool).fill(7, poor)
+    refill = Refill(DynamicSampling(max_rounds=2), 2, bool)
+    batch, counts = refill.fill(7, poor)
     assert names(batch) == ["a"] and counts["missing"] == 1
     assert "batch 7: 1 of 2 groups after 2 rounds (4 sampled)" in caplog.text
+    refill.fill(9, poor)
+    assert "batch 9" not in caplog.text, "once is enough: the metrics count"
     with pytest.raises(RuntimeError, match=r"batch 3: none of the 4 groups sampled in 2 rounds"):
         Refill(DynamicSampling(max_rounds=2), 2, bool).fill(
             3, rounds([scored(*ALL)] * 2, [scored(*NONE)] * 2)
