@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -51,13 +52,13 @@ class PooledReward(Reward):
         """Answers that could not be scored so far, by reason."""
         return self.pool.failures
 
+    @abstractmethod
     def question(self, prompt: Prompt) -> Any:
         """What scoring any answer to the prompt needs; sent once for all its answers.
 
         Raises:
             ValueError: If the prompt's row lacks it; the message names the prompt and the key.
         """
-        raise NotImplementedError
 
     def item(self, question: Any, text: str) -> Any:
         """What a worker is asked, or a :class:`Known` score."""

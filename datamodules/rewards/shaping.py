@@ -6,6 +6,7 @@ training only; the unshaped total stays in the batch as the part ``task``. What 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -34,9 +35,9 @@ class Shaper(Protocol):
 class CompletionShaper(Shaper):
     """A shaper that looks at one completion at a time."""
 
+    @abstractmethod
     def one(self, prompt: Prompt, completion: Completion, reward: float, task: float) -> float:
         """The completion's new reward."""
-        raise NotImplementedError
 
     def shape(self, groups: Sequence[Group], rewards: Scores, task: Scores) -> Scores:
         """Every completion by itself; what could not be scored stays None."""

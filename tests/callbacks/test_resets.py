@@ -541,7 +541,7 @@ def test_two_ranks_decide_alike_copy_shards_and_resume(tmp_path: Path, strategy:
     distributed checkpoint filled, best weights that only one rank has.
     """
     script = Path(anchored.__file__)
-    env = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
