@@ -252,6 +252,7 @@ def collate(
     sampling: Sampling | None = None,
     timings: Mapping[str, float] | None = None,
     counts: Mapping[str, float] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> RolloutBatch:
     """Stack groups into one right-padded :class:`RolloutBatch`.
 
@@ -263,6 +264,7 @@ def collate(
         sampling: How the completions were drawn.
         timings: Seconds per phase.
         counts: What was counted meanwhile.
+        numbers: The groups' numbers, default 0, 1, …; sampled and given responses to one prompt share theirs.
 
     Raises:
         ValueError: If there is no row, or rewards do not match the completions in number.
@@ -293,7 +295,7 @@ def collate(
         reward_parts={
             k: _flatten(v, groups, f"reward_parts[{k!r}]") for k, v in (reward_parts or {}).items()
         },
-        group=torch.tensor([g for g, _, _ in rows]),
+        group=torch.tensor([g if numbers is None else numbers[g] for g, _, _ in rows]),
         finished=torch.tensor([c.finish != "length" for _, _, c in rows]),
         on_policy=torch.tensor([groups[g].on_policy for g, _, _ in rows]),
         policy_version=torch.tensor([c.version if groups[g].on_policy else -1 for g, _, c in rows]),

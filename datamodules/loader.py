@@ -51,6 +51,8 @@ class RolloutMaker:
         before: Called before each sampling, e.g. to hand the engine the newest weights.
         context: Entered around each sampling, e.g. the autocast context that training runs in.
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
+        given: Responses to a prompt that nobody sampled, put beside its group: off-policy rows of the same group
+            number, without a reward.
 
     Raises:
         ValueError: If a weight names no reward, or a reward that is shaped is called ``task``.
@@ -69,6 +71,7 @@ class RolloutMaker:
         before: Callable[[RolloutEngine], None] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         deadline_s: float | None = 1800.0,
+        given: Callable[[Prompt], Group] | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -86,7 +89,7 @@ class RolloutMaker:
         self.shapers = tuple(shapers)
         self.group_size = group_size
         self.sampling = sampling or Sampling()
-        self.before, self.context = before, context
+        self.before, self.context, self.given = before, context, given
         self.phases = Phases(deadline_s)
 
     def sample(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
@@ -143,15 +146,23 @@ class RolloutMaker:
         names = scored[0].parts if scored else ()
         parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
         task: Scores = [list(s.total) for s in scored]
+        shaped, numbers = self.shape(groups, task), list(range(len(groups)))
+        if self.given is not None:
+            beside = [self.given(g.prompt) for g in groups]
+            none: Scores = [[None] * len(g.completions) for g in beside]
+            groups, numbers = groups + beside, numbers * 2
+            shaped, task = shaped + none, task + none
+            parts = {name: scores + none for name, scores in parts.items()}
         pad = self.tokenizer.pad_token_id
         return collate(
             groups,
             pad_id=self.tokenizer.eos_token_id if pad is None else pad,
-            rewards=self.shape(groups, task),
+            rewards=shaped,
             reward_parts={**parts, "task": task} if self.shapers else parts,
             sampling=self.sampling,
             timings=self.phases.take(),
             counts=counts,
+            numbers=numbers,
         )
 
     def collate(self, groups: Sequence[Group]) -> RolloutBatch:

@@ -71,7 +71,9 @@ class OnPolicyDataModule(pl.LightningDataModule):
         off_policy: ``dataset`` (the rows' own responses) or ``teacher`` (sampled by the module's teacher).
         dynamic_sampling: Train only on groups whose rewards vary, sampling more prompts until there are
             ``prompts_per_batch`` of them; null takes what comes.
-        response_key: Key of the rows' responses, for ``off_policy: dataset``.
+        response_key: Key of the rows' responses, for ``off_policy: dataset`` and ``beside``.
+        beside: Put the responses that the rows hold beside each group, as off-policy rows of the same group: what an
+            adversarial method learns from.
         engine: From the policy to a rollout engine.
         seed: Of prompts' order and sampling.
         deadline_s: Seconds that sampling, or scoring, of one batch may take; null means no deadline.
@@ -103,6 +105,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         off_policy: Literal["dataset", "teacher"] = "dataset",
         dynamic_sampling: DynamicSampling | None = None,
         response_key: str = "response",
+        beside: bool = False,
         engine: Callable[[Any], RolloutEngine] = TransformersEngine,
         seed: int = 0,
         deadline_s: float | None = 1800.0,
@@ -126,6 +129,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
         self.dynamic_sampling, self.response_key = dynamic_sampling, response_key
+        self.beside = beside
         self.engine_callable = engine
         self.seed, self.deadline_s = seed, deadline_s
         self._makers: list[RolloutMaker] = []
@@ -169,7 +173,9 @@ class OnPolicyDataModule(pl.LightningDataModule):
         return self._continued(
             RolloutLoader(
                 self._stream("train", shuffle=True),
-                self._maker(self.group_size, self.sampling, self.shapers),
+                self._maker(
+                    self.group_size, self.sampling, self.shapers, self._given if self.beside else None
+                ),
                 prompts_per_batch=self.prompts_per_batch,
                 steps=self.steps_this_run(),
                 seed=self.seed,
@@ -228,7 +234,13 @@ class OnPolicyDataModule(pl.LightningDataModule):
             world_size=world,
         )
 
-    def _maker(self, group_size: int, sampling: Sampling, shapers: Sequence[Shaper] = ()) -> RolloutMaker:
+    def _maker(
+        self,
+        group_size: int,
+        sampling: Sampling,
+        shapers: Sequence[Shaper] = (),
+        given: Callable[[Prompt], Group] | None = None,
+    ) -> RolloutMaker:
         if self._engine is None or self._engine_policy is not self.model.policy:
             self._engine, self._engine_policy = self.engine_callable(self.model.policy), self.model.policy
         maker = RolloutMaker(
@@ -242,6 +254,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             before=lambda engine: engine.sync(self.model.policy, self._version()),
             context=lambda: autocast_of(self.trainer),
             deadline_s=self.deadline_s,
+            given=given,
         )
         self._makers.append(maker)
         return maker
@@ -285,10 +298,13 @@ class OnPolicyDataModule(pl.LightningDataModule):
             counted=counted,
         )
 
+    def _given(self, prompt: Prompt) -> Group:
+        return given_group(prompt, self.model.tokenizer, self.response_key, None)
+
     def _dataset_groups(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
         groups = []
         for prompt in prompts:
-            given = given_group(prompt, self.model.tokenizer, self.response_key, None).completions
+            given = self._given(prompt).completions
             chosen = tuple(given[i % len(given)] for i in range(self.group_size))
             groups.append(Group(prompt, chosen, on_policy=False))
         return groups

@@ -51,6 +51,51 @@ def cut_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return pieces[::-1]
 
 
+def cut_groups(lengths: Sequence[int], groups: Sequence[int], budget: int) -> list[list[int]]:
+    """As :func:`cut_micro_batches`, with all rows of a group in one piece: for losses that compare rows.
+
+    A group longer than the budget gets a piece of its own. Rows of length 0 are left out.
+
+    Args:
+        lengths: Tokens per row.
+        groups: Group number per row.
+        budget: Positions (rows × longest row) per piece.
+
+    Example:
+        >>> cut_groups([3, 9, 4, 8, 2], [0, 1, 0, 1, 2], budget=18)
+        [[1, 3], [0, 2, 4]]
+    """
+    if budget < 1:
+        raise ValueError(f"micro_batch_tokens must be positive, got {budget}.")
+    members: dict[int, list[int]] = {}
+    for row, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+        if length > 0:
+            members.setdefault(group, []).append(row)
+    pieces: list[list[int]] = []
+    longest = 0
+    for rows in sorted(members.values(), key=lambda rows: -max(lengths[i] for i in rows)):
+        if not pieces or (len(pieces[-1]) + len(rows)) * longest > budget:
+            pieces.append([])
+            longest = max(lengths[i] for i in rows)
+        pieces[-1] += rows
+    return pieces
+
+
+def split_groups(groups: Sequence[int], parts: int) -> list[list[int]]:
+    """``parts`` sets of row numbers, each with whole groups, interleaved as :func:`split_minibatches`' rows.
+
+    Raises:
+        ValueError: If there are fewer groups than parts.
+    """
+    names = list(dict.fromkeys(groups))
+    if not 1 <= parts <= len(names):
+        raise ValueError(
+            f"minibatches={parts} cannot be cut from {len(names)} groups: lower it or take more prompts."
+        )
+    part_of = {name: i % parts for i, name in enumerate(names)}
+    return [[row for row, group in enumerate(groups) if part_of[group] == part] for part in range(parts)]
+
+
 def split_minibatches(rows: int, parts: int) -> list[list[int]]:
     """``parts`` interleaved sets of row numbers, so that each mixes all prompts.
 

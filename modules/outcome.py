@@ -16,10 +16,12 @@ class Counts:
     Args:
         tokens: Trained tokens.
         sequences: Rows with at least one trained token.
+        groups: Groups with at least one such row.
     """
 
     tokens: float
     sequences: float
+    groups: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from torch import Tensor
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
-from lightning_onpolicy.modules.microbatch import cut_micro_batches, split_minibatches
+from lightning_onpolicy.modules.microbatch import (
+    cut_groups,
+    cut_micro_batches,
+    split_groups,
+    split_minibatches,
+)
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 
 
@@ -63,6 +68,7 @@ class UpdateLoop(pl.LightningModule):
         loop: LoopSpec,
         *,
         ticks: bool = True,
+        whole_groups: bool = False,
     ) -> None:
         """Optimizer steps on one rollout batch; minibatches without a trained token on any rank are left out.
 
@@ -73,6 +79,7 @@ class UpdateLoop(pl.LightningModule):
             tally: Where metrics add up.
             loop: Updates, minibatches, micro-batch budget, clipping.
             ticks: Whether the steps count as ``global_step``; exactly one optimizer of a module ticks.
+            whole_groups: Never part the rows of a group, because the loss compares them; they must be on one rank.
 
         Raises:
             ValueError: If no rank has a token to train on.
@@ -85,11 +92,16 @@ class UpdateLoop(pl.LightningModule):
             )
         first = True
         for _ in range(loop.updates):
-            for rows in split_minibatches(len(batch), loop.minibatches):
+            parts = (
+                split_groups(batch.group.tolist(), loop.minibatches)
+                if whole_groups
+                else split_minibatches(len(batch), loop.minibatches)
+            )
+            for rows in parts:
                 part = batch.select(rows)
                 counts = self._counts(part)
                 if counts.tokens > 0:
-                    self._one_step(part, counts, loss, optimizer, tally, loop, ticks, first)
+                    self._one_step(part, counts, loss, optimizer, tally, loop, ticks, first, whole_groups)
                     first = False
 
     def _one_step(
@@ -102,8 +114,9 @@ class UpdateLoop(pl.LightningModule):
         loop: LoopSpec,
         ticks: bool,
         first: bool,
+        whole_groups: bool,
     ) -> None:
-        micros = [micro for _, micro in self._pieces(batch, loop.micro_batch_tokens)]
+        micros = [micro for _, micro in self._pieces(batch, loop.micro_batch_tokens, whole_groups)]
         scale = parallel.data_parallel_size(self.trainer)  # DDP and FSDP2 average; the shares must add up
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         by_hand = parallel.must_reduce_by_hand(self.trainer)
@@ -153,10 +166,17 @@ class UpdateLoop(pl.LightningModule):
         """Micro-batches of the loop's token budget."""
         return [micro for _, micro in self._pieces(batch, self.loop.micro_batch_tokens)]
 
-    def _pieces(self, batch: RolloutBatch, budget: int) -> Iterator[tuple[list[int], RolloutBatch]]:
+    def _pieces(
+        self, batch: RolloutBatch, budget: int, whole_groups: bool = False
+    ) -> Iterator[tuple[list[int], RolloutBatch]]:
         """Row numbers and micro-batches, equally many on all ranks; padding pieces have no row and no trained token."""
         trained = batch.response_mask[:, 1:].any(1)
-        cut = cut_micro_batches((batch.lengths * trained).tolist(), budget)
+        lengths = (batch.lengths * trained).tolist()
+        cut = (
+            cut_groups(lengths, batch.group.tolist(), budget)
+            if whole_groups
+            else cut_micro_batches(lengths, budget)
+        )
         count = parallel.reduce_ranks(self.trainer, torch.tensor(float(len(cut)), device=self.device), "max")
         for rows in cut:
             yield rows, batch.select(rows)
@@ -165,9 +185,10 @@ class UpdateLoop(pl.LightningModule):
 
     def _counts(self, batch: RolloutBatch) -> Counts:
         mask = batch.response_mask[:, 1:]
-        local = torch.stack([mask.sum(), mask.any(1).sum()]).double()
-        tokens, sequences = parallel.reduce_ranks(self.trainer, local, "sum").tolist()
-        return Counts(tokens, sequences)
+        trained = mask.any(1)
+        groups = mask.new_tensor(len(batch.group[trained].unique()), dtype=torch.long)
+        local = torch.stack([mask.sum(), trained.sum(), groups]).double()
+        return Counts(*parallel.reduce_ranks(self.trainer, local, "sum").tolist())
 
 
 def _renamed(values: Any, first: bool) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 Both models are small Llama-style networks trained on the reasoning-gym tasks of a YAML task mix, from
 different seeds.  The teacher sees the right answers.  So does the student, as long as the teacher; then it
 learns for a while that characters of the answer are replaced at random.  So its most likely answer is
-usually right while its samples usually are not: the gap that on-policy distillation closes.  Everything is
-made on the CPU and offline.
+usually right while its samples usually are not: the gap that on-policy distillation closes.  A third, smaller
+model reads the same texts through a tokenizer of its own and is trained for a short while: a student to which
+the teacher can only show text.  Everything is made on the CPU and offline.
 
-Usage: python tools/make_tiny_models.py --out configs/quickstart/models
+Usage: python tools/make_tiny_models.py --out configs/quickstart/models [--only reader]
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ STORIES = {
         "Trained on the right answers, then for a while on answers with characters replaced at random, so that\n"
         "its most likely answer is usually right but its samples usually are not."
     ),
+    "reader": "Trained on the right answers for a short while, with a tokenizer of its own, whose tokens are pieces of words.",
 }
 
 
@@ -94,25 +96,34 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
         return [
             Recipe("teacher", layers=1, hidden=32, intermediate=64, steps=2, seed=seed, batch=16),
             Recipe("student", 1, 32, 64, steps=2, seed=seed + 1, noisy_steps=2, survival=0.25, batch=16),
+            Recipe("reader", 1, 32, 64, steps=2, seed=seed + 2, batch=16, pieces=300),
         ]
     return [
         Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1000, seed=seed),
         Recipe("student", 4, 128, 256, steps=1000, seed=seed + 1, noisy_steps=60, survival=0.35),
+        Recipe("reader", 3, 96, 192, steps=500, seed=seed + 2, pieces=384),
     ]
 
 
-def make_data(
+def make_items(
     tasks: Sequence[Task], seed: int, pool_size: int, heldout_size: int
-) -> tuple[PreTrainedTokenizerFast, list[Pool], list[Item]]:
-    """Return the tokenizer, the training sequences of each task and the held-out items."""
+) -> tuple[list[list[Item]], list[Item]]:
+    """Return the training items of each task and the held-out items."""
     trained = [list(task.items("train", seed, pool_size)) for task in tasks]
     heldout = heldout_items(tasks, seed, heldout_size)
     if {item.prompt for item in heldout} & {item.prompt for items in trained for item in items}:
         raise RuntimeError("a held-out prompt occurs in training")
+    return trained, heldout
+
+
+def encode(
+    trained: Sequence[Sequence[Item]], heldout: Sequence[Item], pieces: int
+) -> tuple[PreTrainedTokenizerFast, list[Pool]]:
+    """Return a tokenizer of the items and the training sequences of each task."""
     sample = [text for items in trained for item in items[:4000] for text in (item.prompt, item.answer)]
-    tokenizer = make_tokenizer(sample)
+    tokenizer = make_tokenizer(sample, pieces, pieces=True) if pieces else make_tokenizer(sample)
     check_round_trip(tokenizer, sample + [text for item in heldout for text in (item.prompt, item.answer)])
-    return tokenizer, [make_pool(tokenizer, items) for items in trained], heldout
+    return tokenizer, [make_pool(tokenizer, items) for items in trained]
 
 
 def make_model(
@@ -159,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=QUICKSTART / "tasks.yaml", help="task mix")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", help="make this model alone; metrics.json keeps the others' entries")
     parser.add_argument("--quick", action="store_true", help="smoke run: a few steps, useless models")
     args = parser.parse_args(argv)
     if args.out is None:
@@ -170,24 +182,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     tasks = load_tasks(args.tasks)
     pool_size, heldout_size = (300, 24) if args.quick else (40_000, 1200)
-    tokenizer, pools, heldout = make_data(tasks, args.seed, pool_size, heldout_size)
-    print(f"data ready after {time.perf_counter() - started:.0f}s, {len(tokenizer)} tokens", flush=True)
-    made = {
-        recipe.name: make_model(recipe, tokenizer, pools, tasks, heldout, args.out / recipe.name)
-        for recipe in recipes(args.seed, args.quick)
-    }
+    trained, heldout = make_items(tasks, args.seed, pool_size, heldout_size)
+    chosen = [r for r in recipes(args.seed, args.quick) if args.only in (None, r.name)]
+    if not chosen:
+        parser.error(f"--only {args.only}: the models are {[r.name for r in recipes(args.seed, args.quick)]}")
+    file = args.out / "metrics.json"
+    made = json.loads(file.read_text(encoding="utf-8"))["models"] if args.only and file.exists() else {}
+    for recipe in chosen:
+        tokenizer, pools = encode(trained, heldout, recipe.pieces)
+        print(f"data ready after {time.perf_counter() - started:.0f}s, {len(tokenizer)} tokens", flush=True)
+        made[recipe.name] = {
+            "vocabulary": len(tokenizer),
+            "threads": args.threads,
+            **make_model(recipe, tokenizer, pools, tasks, heldout, args.out / recipe.name),
+        }
     metrics = {
         "seed": args.seed,
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "threads": args.threads,
-        "vocabulary": len(tokenizer),
-        "training_items": {task.name: len(pool.ids) for task, pool in zip(tasks, pools, strict=True)},
+        "training_items": {task.name: len(items) for task, items in zip(tasks, trained, strict=True)},
         "heldout_items": len(heldout),
         "models": made,
-        "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,15 +100,15 @@ def heldout_items(tasks: Sequence[Task], seed: int, total: int) -> list[Item]:
     return chosen
 
 
-def make_tokenizer(texts: Sequence[str], vocab_size: int = 272) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which every letter and digit stays a token of its own."""
+def make_tokenizer(
+    texts: Sequence[str], vocab_size: int = 272, pieces: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE in which every letter and digit stays a token of its own or, with ``pieces``, does not."""
     turns = [f"<|{role}|>" for role in ROLES]
     core = Tokenizer(models.BPE(unk_token=UNK))
+    letters = [] if pieces else [pre_tokenizers.Split(Regex(r"[A-Za-z0-9]"), behavior="isolated")]
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[A-Za-z0-9]"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [*letters, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pieces)]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

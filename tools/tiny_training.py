@@ -91,6 +91,7 @@ class Recipe:
     noisy_steps: int = 0
     survival: float = 1.0
     batch: int = 160
+    pieces: int = 0  # entries of a tokenizer of its own, whose tokens are pieces of words; 0: the shared one
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
