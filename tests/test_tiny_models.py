@@ -78,9 +78,9 @@ def test_the_teacher_reverses_a_word() -> None:
     assert tokenizer.decode(out) == "alluc" + tokenizer.eos_token
 
 
-def test_both_have_the_same_tokenizer() -> None:
+def test_teacher_and_student_have_the_same_tokenizer() -> None:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        teacher, student = ((SHIPPED / name / file).read_bytes() for name in NAMES)
+        teacher, student = ((SHIPPED / name / file).read_bytes() for name in NAMES[:2])
         assert teacher == student, file
 
 

@@ -16,7 +16,7 @@ import toys
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, Sampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
-from lightning_onpolicy.datamodules.given import text_completion
+from lightning_onpolicy.datamodules.given import given_group, text_completion
 from lightning_onpolicy.datamodules.loader import (
     EvaluationLoader,
     RolloutLoader,
@@ -263,3 +263,24 @@ def test_ranks_count_every_evaluation_prompt_once(world: int, limit: int | None,
     expected = range(7 if limit is None else min(limit, 7))
     assert sorted(counted, key=int) == [str(i) for i in expected]
     assert len(sizes) == 1, "every rank takes part in equally many batches of equal size"
+
+
+def test_given_responses_stand_beside_the_group_they_belong_to() -> None:
+    """Catches: another prompt's answer, a reward for what the policy did not write, shapers that see it."""
+    reward = FunctionReward(lambda prompt, response: float(len(response)))
+    maker = RolloutMaker(
+        Recorder(),
+        TOKENIZER,
+        rewards={"length": reward},
+        group_size=2,
+        sampling=SHORT,
+        given=lambda prompt: given_group(prompt, TOKENIZER, "response", None),
+    )
+    batch = maker.collate(maker.sample(PromptStream(rows(3), TOKENIZER, chat=False, shuffle=False).take(3), 0))
+    assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
+    assert batch.on_policy.tolist() == [True] * 6 + [False] * 3
+    assert [p.uid for p in batch.prompts] == ["0", "0", "1", "1", "2", "2", "0", "1", "2"]
+    assert list(batch.texts[6:]) == ["t0", "t1", "t2"]
+    assert not batch.rewards[:6].isnan().any() and batch.rewards[6:].isnan().all()
+    assert batch.reward_parts["length"][6:].isnan().all()
+    assert batch.sampler_logprobs[6:][batch.response_mask[6:]].isnan().all()

@@ -12,7 +12,12 @@ from torch.utils.data import DataLoader
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules.distill import OnPolicyDistill
-from lightning_onpolicy.modules.microbatch import cut_micro_batches, split_minibatches
+from lightning_onpolicy.modules.microbatch import (
+    cut_groups,
+    cut_micro_batches,
+    split_groups,
+    split_minibatches,
+)
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.policy import LoraSpec, Policy
 from lightning_onpolicy.modules.supervised import SupervisedFineTune
@@ -185,3 +190,20 @@ def test_cut_micro_batches_covers_every_row_once_within_the_budget() -> None:
         cut_micro_batches([1], 0)
     with pytest.raises(ValueError, match="minibatches=4"):
         split_minibatches(3, 4)
+
+
+def test_whole_groups_are_never_parted() -> None:
+    lengths, groups = [5, 9, 2, 7, 3, 9, 0, 4], [0, 1, 0, 1, 2, 3, 3, 2]
+    for budget in (1, 18, 20, 40, 1000):
+        pieces = cut_groups(lengths, groups, budget)
+        assert sorted(i for piece in pieces for i in piece) == [0, 1, 2, 3, 4, 5, 7]  # one row has no token
+        homes = [{groups[i] for i in piece} for piece in pieces]
+        assert sum(map(len, homes)) == len(set(groups))
+        for piece, home in zip(pieces, homes, strict=True):
+            assert len(home) == 1 or len(piece) * max(lengths[i] for i in piece) <= budget
+    assert cut_groups([], [], 5) == []
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        cut_groups([1], [0], 0)
+    assert split_groups([7, 7, 5, 7, 5, 2], 2) == [[0, 1, 3, 5], [2, 4]]
+    with pytest.raises(ValueError, match="minibatches=4 cannot be cut from 3 groups"):
+        split_groups([7, 7, 5, 7, 5, 2], 4)
