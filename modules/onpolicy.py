@@ -129,23 +129,6 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
         """One optimizer over the policy's trainable parameters."""
         return self.with_schedule(self.policy, self.optimizer_callable, self.scheduler_callable)
 
-    def with_schedule(
-        self, model: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
-    ) -> Any:
-        """An optimizer (and schedule) over a model's trainable parameters, in Lightning's form."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
-            raise ValueError(
-                f"{type(model).__name__} has no trainable parameter: was it frozen as another module's teacher?"
-            )
-        built = optimizer(trained)
-        if scheduler is None:
-            return built
-        schedule = scheduler(built)
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("ReduceLROnPlateau needs a metric; schedules here step once per optimizer step.")
-        return {"optimizer": built, "lr_scheduler": schedule}
-
     # -- what a method writes ---------------------------------------------------------------------
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:

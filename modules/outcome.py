@@ -16,12 +16,12 @@ class Counts:
     Args:
         tokens: Trained tokens.
         sequences: Rows with at least one trained token.
-        groups: Groups with at least one such row.
+        compared: Rows that lose to a preferred one of their group (``extra["preferred"]``); 0 where none is marked.
     """
 
     tokens: float
     sequences: float
-    groups: float = 0.0
+    compared: float = 0.0
 
 
 @dataclass(frozen=True)

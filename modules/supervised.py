@@ -49,11 +49,18 @@ class SupervisedFineTune(OnPolicyModule):
 
     def loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
         """Negative log-likelihood of the micro-batch's trained tokens."""
-        stats = self.policy(
-            micro.input_ids,
-            micro.response_mask,
-            outputs=("logp", "entropy"),
-            budget_bytes=self.loop.head_budget_mb * 2**20,
-        )
-        loss = aggregate(-stats.logp, micro.response_mask, counts, self.reduction)
-        return LossOutput(loss, {"nll": -stats.logp, "entropy": stats.entropy})
+        return imitation_loss(self.policy, micro, counts, self.reduction, self.loop)
+
+
+def imitation_loss(
+    policy: Policy, micro: RolloutBatch, counts: Counts, reduction: Reduction, loop: LoopSpec
+) -> LossOutput:
+    """A micro-batch's share of the negative log-likelihood of its trained tokens, whoever wrote them."""
+    stats = policy(
+        micro.input_ids,
+        micro.response_mask,
+        outputs=("logp", "entropy"),
+        budget_bytes=loop.head_budget_mb * 2**20,
+    )
+    loss = aggregate(-stats.logp, micro.response_mask, counts, reduction)
+    return LossOutput(loss, {"nll": -stats.logp, "entropy": stats.entropy})

@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.judged import PREFERRED, paired
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
 from lightning_onpolicy.modules.microbatch import (
@@ -59,6 +61,23 @@ class UpdateLoop(pl.LightningModule):
 
     loop: LoopSpec
 
+    def with_schedule(
+        self, model: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
+    ) -> Any:
+        """An optimizer (and schedule) over a model's trainable parameters, in Lightning's form."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameter: was it frozen as another module's teacher?"
+            )
+        built = optimizer(trained)
+        if scheduler is None:
+            return built
+        schedule = scheduler(built)
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau needs a metric; schedules here step once per optimizer step.")
+        return {"optimizer": built, "lr_scheduler": schedule}
+
     def optimise(
         self,
         batch: RolloutBatch,
@@ -69,7 +88,7 @@ class UpdateLoop(pl.LightningModule):
         *,
         ticks: bool = True,
         whole_groups: bool = False,
-    ) -> None:
+    ) -> int:
         """Optimizer steps on one rollout batch; minibatches without a trained token on any rank are left out.
 
         Args:
@@ -81,6 +100,9 @@ class UpdateLoop(pl.LightningModule):
             ticks: Whether the steps count as ``global_step``; exactly one optimizer of a module ticks.
             whole_groups: Never part the rows of a group, because the loss compares them; they must be on one rank.
 
+        Returns:
+            The number of steps taken.
+
         Raises:
             ValueError: If no rank has a token to train on.
             FloatingPointError: If a gradient is not finite; that step is not taken.
@@ -90,7 +112,7 @@ class UpdateLoop(pl.LightningModule):
                 f"step {self.trainer.global_step}: no trainable token in the batch on any rank. Responses are empty "
                 "or everything is masked: check sampling.max_new_tokens and the prompts' length."
             )
-        first = True
+        steps = 0
         for _ in range(loop.updates):
             parts = (
                 split_groups(batch.group.tolist(), loop.minibatches)
@@ -101,8 +123,11 @@ class UpdateLoop(pl.LightningModule):
                 part = batch.select(rows)
                 counts = self._counts(part)
                 if counts.tokens > 0:
-                    self._one_step(part, counts, loss, optimizer, tally, loop, ticks, first, whole_groups)
-                    first = False
+                    self._one_step(
+                        part, counts, loss, optimizer, tally, loop, ticks, steps == 0, whole_groups
+                    )
+                    steps += 1
+        return steps
 
     def _one_step(
         self,
@@ -162,6 +187,20 @@ class UpdateLoop(pl.LightningModule):
                 out[index, : micro.input_ids.shape[1]] = scatter(value_N.float(), micro.response_mask)
         return out
 
+    def per_row(self, batch: RolloutBatch, values: Callable[[RolloutBatch], Tensor]) -> Tensor:
+        """``[B]`` values of whole rows, computed in micro-batches; 0 for rows without a trained token.
+
+        Args:
+            batch: The rollouts.
+            values: From a micro-batch to one value per row.
+        """
+        out = torch.zeros(len(batch), dtype=torch.float32, device=batch.device)
+        for rows, micro in self._pieces(batch, self.loop.micro_batch_tokens):
+            value_B = values(micro)  # also for padding pieces: the forward pass may be a collective
+            if rows:
+                out[torch.tensor(rows, device=batch.device)] = value_B.float()
+        return out
+
     def evaluation_pieces(self, batch: RolloutBatch) -> list[RolloutBatch]:
         """Micro-batches of the loop's token budget."""
         return [micro for _, micro in self._pieces(batch, self.loop.micro_batch_tokens)]
@@ -185,10 +224,10 @@ class UpdateLoop(pl.LightningModule):
 
     def _counts(self, batch: RolloutBatch) -> Counts:
         mask = batch.response_mask[:, 1:]
-        trained = mask.any(1)
-        groups = mask.new_tensor(len(batch.group[trained].unique()), dtype=torch.long)
-        local = torch.stack([mask.sum(), trained.sum(), groups]).double()
-        return Counts(*parallel.reduce_ranks(self.trainer, local, "sum").tolist())
+        preferred = batch.extra.get(PREFERRED)
+        compared = 0 if preferred is None else int((paired(preferred, batch.group) & ~preferred).sum())
+        local = torch.stack([mask.sum(), mask.any(1).sum(), mask.new_tensor(compared, dtype=torch.long)])
+        return Counts(*parallel.reduce_ranks(self.trainer, local.double(), "sum").tolist())
 
 
 def _renamed(values: Any, first: bool) -> dict[str, Tensor]:
