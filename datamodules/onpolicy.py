@@ -61,6 +61,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         eval_group_size: Completions per evaluation prompt: the k of avg@k.
         eval_prompts_per_batch: Evaluation prompts per batch and rank.
         eval_sampling: How evaluation completions are drawn; default: as in training.
+        eval_rewards: Named rewards of evaluation; default: ``rewards``.
         chat: Render prompts with the tokenizer's chat template.
         system: System message put before each prompt.
         chat_options: More arguments for the chat template, e.g. ``{enable_thinking: false}``.
@@ -96,6 +97,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         eval_group_size: int = 4,
         eval_prompts_per_batch: int = 64,
         eval_sampling: Sampling | None = None,
+        eval_rewards: dict[str, Reward] | None = None,
         chat: bool = True,
         system: str | None = None,
         chat_options: dict[str, Any] | None = None,
@@ -125,6 +127,10 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.eval_prompts, self.eval_group_size = eval_prompts, eval_group_size
         self.eval_prompts_per_batch = eval_prompts_per_batch
         self.eval_sampling = eval_sampling or self.sampling
+        self.eval_rewards = self.rewards if eval_rewards is None else eval_rewards
+        unknown = sorted(set(self.reward_weights) - set(self.rewards) - set(self.eval_rewards))
+        if unknown:
+            raise ValueError(f"reward_weights names {unknown}, which are not among the rewards.")
         self.chat, self.system, self.chat_options = chat, system, chat_options
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
@@ -174,7 +180,11 @@ class OnPolicyDataModule(pl.LightningDataModule):
             RolloutLoader(
                 self._stream("train", shuffle=True),
                 self._maker(
-                    self.group_size, self.sampling, self.shapers, self._given if self.beside else None
+                    self.group_size,
+                    self.sampling,
+                    self.rewards,
+                    self.shapers,
+                    self._given if self.beside else None,
                 ),
                 prompts_per_batch=self.prompts_per_batch,
                 steps=self.steps_this_run(),
@@ -238,6 +248,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self,
         group_size: int,
         sampling: Sampling,
+        rewards: dict[str, Reward],
         shapers: Sequence[Shaper] = (),
         given: Callable[[Prompt], Group] | None = None,
     ) -> RolloutMaker:
@@ -246,8 +257,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         maker = RolloutMaker(
             self._engine,
             self.model.tokenizer,
-            rewards=self.rewards,
-            weights=self.reward_weights,
+            rewards=rewards,
+            weights={name: w for name, w in self.reward_weights.items() if name in rewards},
             shapers=shapers,
             group_size=group_size,
             sampling=sampling,
@@ -291,7 +302,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         counted = [i * world + rank < total for i in range(per_rank)]
         return EvaluationLoader(
             prompts,
-            self._maker(self.eval_group_size, self.eval_sampling),
+            self._maker(self.eval_group_size, self.eval_sampling, self.eval_rewards),
             prompts_per_batch=self.eval_prompts_per_batch,
             seed=self.seed,
             rank=rank,

@@ -11,6 +11,8 @@ from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
     from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
+    from lightning_onpolicy.modules.gad import GAD as GAD
+    from lightning_onpolicy.modules.gad_generator import GADGenerator as GADGenerator
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "GAD": "gad",
+        "GADGenerator": "gad_generator",
         "LoraSpec": "specs",
         "ModelSpec": "specs",
         "OnPolicyDistill": "distill",

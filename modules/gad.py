@@ -144,6 +144,11 @@ class GAD(GADGenerator):
             spec = dataclasses.replace(self.judge_spec, lora=lora) if lora else self.judge_spec
             self.discriminator = ScalarModel.from_pretrained(spec, std=std)
         elif lora is not None and self.policy.has_adapters:
+            if self.device_mesh is not None:
+                raise ValueError(
+                    "under FSDP2 the discriminator cannot share the student's base: name a model for it in "
+                    "discriminator, or leave student.lora out."
+                )
             self.discriminator = ScalarModel.beside(self.policy, lora=lora, std=std)
         else:
             self.discriminator = ScalarModel.copy_of(self.policy, lora=lora, std=std)

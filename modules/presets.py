@@ -21,7 +21,9 @@ from lightning_onpolicy.modules.losses.settings import (
     SurrogateSpec,
 )
 
-PresetName = Literal["prorl_v1", "prorl_v2", "brorl", "justrl", "dapo", "dr_grpo", "grpo"]
+PresetName = Literal[
+    "prorl_v1", "prorl_v2", "brorl", "justrl", "dapo", "dr_grpo", "grpo", "gad_paper", "gad_small"
+]
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,32 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
             lr=1e-6,
             prompts=16,
             stages=(Stage(1024, 64),),
+        ),
+        # Of both players: lr, and one optimizer step each per rollout batch, so no clip acts. ε and reduction n/s: 0.2 and
+        # GRPO's; k3 (forward gradient) and a clip of gradients at 0.2 by the official scripts. Warm-up: one epoch of 750
+        # batches, the first 10 the discriminator's; then two of the game. Responses up to 1536 tokens.
+        "gad_paper": Preset(
+            source="GAD, 2511.10643",
+            advantage=AdvantageSpec("group_zscore"),
+            surrogate=SurrogateSpec("clip", low=0.2, high=0.2),
+            kl=KLSpec(coef=1e-3, gradient="forward"),
+            reduction="sequence_mean",
+            lr=1e-6,
+            temperature=0.8,
+            prompts=256,
+            stages=(Stage(2048 + 1536, 8),),
+        ),
+        # Not published: the paper's, for adapters on one device. Fewer prompts, and the learning rate that adapters want.
+        "gad_small": Preset(
+            source="gad_paper for low-rank adapters; untested beyond the quickstart's size",
+            advantage=AdvantageSpec("group_zscore"),
+            surrogate=SurrogateSpec("clip", low=0.2, high=0.2),
+            kl=KLSpec(coef=1e-3, gradient="forward"),
+            reduction="sequence_mean",
+            lr=1e-5,
+            temperature=0.8,
+            prompts=32,
+            stages=(Stage(2048 + 1536, 8),),
         ),
     }
 )

@@ -67,7 +67,7 @@ class ScalarHead(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer body with a scalar head.
 
-    It shares no storage with any other model. Values and scores are as the mode has them: score in
+    It shares no storage with any other model, unless :meth:`beside` made it. Values and scores are as the mode has them: score in
     :func:`~lightning_onpolicy.datamodules.engines.modes.eval_mode`, update in train mode.
 
     Args:
@@ -140,6 +140,37 @@ class ScalarModel(nn.Module):
         device = next(base.parameters()).device
         spec = policy.spec and dataclasses.replace(policy.spec, lora=lora)
         return cls(body.to(device), policy.tokenizer, lora=lora, spec=spec, std=std, seed=seed).to(device)
+
+    @classmethod
+    def beside(cls, policy: Policy, *, lora: LoraSpec, std: float = 0.0, seed: int = 0) -> ScalarModel:
+        """Adapters and a head of its own over the policy's frozen base, which both read: one copy of the weights.
+
+        The policy's adapters are not seen, so it starts from the base. Quantised bases can be shared. Not for FSDP2,
+        which would have to shard one tensor in two trees.
+
+        Args:
+            policy: A policy with adapters.
+            lora: The model's own.
+            std: Of the head's weight.
+            seed: Of the head's weight.
+
+        Raises:
+            ValueError: If the policy has no adapters: its weights train, and cannot be shared.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        if not policy.has_adapters:
+            raise ValueError("the policy's own weights train, so no other model may share them: give it lora.")
+        base = policy.model.base_model
+        shared: dict[int, Any] = {id(p): p for p in base.parameters() if not p.requires_grad}
+        body = copy.deepcopy(base, shared)
+        for name, layer in list(body.named_modules()):
+            if isinstance(layer, LoraLayer):
+                owner, _, leaf = name.rpartition(".")
+                setattr(body.get_submodule(owner), leaf, layer.base_layer)
+        spec = policy.spec and dataclasses.replace(policy.spec, lora=lora)
+        device = next(base.parameters()).device
+        return cls(body, policy.tokenizer, lora=lora, spec=spec, std=std, seed=seed).to(device)
 
     @classmethod
     def from_pretrained(
