@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
+    from lightning_onpolicy.datamodules.preferences import PairDataModule as PairDataModule
+    from lightning_onpolicy.datamodules.preferences import PreferenceDataModule as PreferenceDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "PairDataModule": "preferences",
+        "PreferenceDataModule": "preferences",
         "Completion": "batch",
         "DatasetSource": "sources",
         "DynamicSampling": "dynamic",

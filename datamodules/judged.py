@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, collate
+from lightning_onpolicy.datamodules.prompts import PromptStream
 
 PREFERRED = "preferred"  # [B] bool in ``extra``: the side that is to have the higher score
 
@@ -79,14 +80,39 @@ def judged_rows(
     )
 
 
-def judged_batch(batch: RolloutBatch, tokenizer: Any, pad_id: int, eos_id: int) -> RolloutBatch:
+def read_anew(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool) -> list[Prompt]:
+    """The prompts as another model's template and tokenizer have them, from their rows.
+
+    Args:
+        prompts: Repetitions cost nothing.
+        tokenizer: The other model's.
+        chat: Render with its chat template.
+    """
+    known: dict[int, Prompt] = {}
+    for prompt in prompts:
+        if id(prompt) not in known:
+            row = {**prompt.row, "uid": prompt.uid, "source": prompt.source}
+            known[id(prompt)] = PromptStream([row], tokenizer, chat=chat, shuffle=False).encode(0)
+    return [known[id(prompt)] for prompt in prompts]
+
+
+def judged_batch(
+    batch: RolloutBatch, tokenizer: Any, pad_id: int, eos_id: int, prompts: Sequence[Prompt] | None = None
+) -> RolloutBatch:
     """Every row of a rollout batch as a discriminator reads it; given rows are preferred to sampled ones.
 
     The limit is the sampling's ``max_new_tokens``, for both sides.
+
+    Args:
+        batch: The rollouts.
+        tokenizer: The discriminator's.
+        pad_id: Written into padding.
+        eos_id: What ends a response.
+        prompts: One per row, where the discriminator reads them otherwise than the policy.
     """
     limit = None if batch.sampling is None else batch.sampling.max_new_tokens
     rows = judged_rows(
-        batch.prompts,
+        batch.prompts if prompts is None else prompts,
         batch.texts,
         batch.finished.tolist(),
         (~batch.on_policy).tolist(),

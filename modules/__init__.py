@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_onpolicy.modules.discriminator import GADDiscriminator as GADDiscriminator
     from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
     from lightning_onpolicy.modules.gad import GAD as GAD
     from lightning_onpolicy.modules.gad_generator import GADGenerator as GADGenerator
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
+    from lightning_onpolicy.modules.preference import PreferenceTune as PreferenceTune
     from lightning_onpolicy.modules.scalar import ScalarModel as ScalarModel
+    from lightning_onpolicy.modules.scalar_reward import ScalarReward as ScalarReward
     from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
     from lightning_onpolicy.modules.specs import ModelSpec as ModelSpec
     from lightning_onpolicy.modules.supervised import SupervisedFineTune as SupervisedFineTune
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ScalarReward": "scalar_reward",
+        "PreferenceTune": "preference",
+        "GADDiscriminator": "discriminator",
         "GAD": "gad",
         "GADGenerator": "gad_generator",
         "LoraSpec": "specs",

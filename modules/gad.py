@@ -11,8 +11,8 @@ Paper: GAD (2511.10643 v3). Only the teacher's text is there. The game is max_p 
 A rollout batch goes: score all rows → advantages → D's update → policy's update. The first batches are a warm-up: D
 alone, then the policy by cross-entropy on y_q with D on *current* samples, which costs rollouts too, as in the paper.
 
-Departures: a capped response is cut at the same length on both sides, and has no EOS there; texts are encoded anew for D
-(``datamodules/judged.py``). The loss counts every sampled row once, however many teacher answers there are. The KL's
+Departures: a capped response is cut at the same length on both sides, and has no EOS there; texts are encoded anew for
+D (``datamodules/judged.py``). The loss counts every sampled row once, however many teacher answers there are. The KL's
 reference is the student after the warm-up, as in the official code; the paper does not say.
 """
 
@@ -112,7 +112,7 @@ class GAD(GADGenerator):
         self.discriminator_loop = (
             discriminator_loop
             if isinstance(discriminator_loop, LoopSpec)
-            else LoopSpec(**(discriminator_loop or {"max_grad_norm": self.loop.max_grad_norm}))
+            else LoopSpec(**(discriminator_loop or {}))
         )
         self.clock = Clock()
         self.save_hyperparameters(
@@ -187,7 +187,9 @@ class GAD(GADGenerator):
             As :meth:`OnPolicyModule.training_step`; ``batch`` has the sampled rows.
         """
         if not isinstance(batch, RolloutBatch):
-            raise TypeError(f"GAD trains on RolloutBatch, got {type(batch).__name__}: use OnPolicyDataModule.")
+            raise TypeError(
+                f"GAD trains on RolloutBatch, got {type(batch).__name__}: use OnPolicyDataModule."
+            )
         phase = self.warmup.phase(self.clock.batches)
         if phase == "main":
             self._anchor()
@@ -201,7 +203,8 @@ class GAD(GADGenerator):
         metrics = self.rollout_metrics(rows)
         self.clock.note(metrics.get("fresh/accuracy", float("nan")), self.gate.window)
         judge_learns, policy_learns = players(self.clock, self.warmup, self.gate, self.generator_every)
-        policy_optimizer, judge_optimizer = self.optimizers()
+        optimizers: Any = self.optimizers()
+        policy_optimizer, judge_optimizer = optimizers
         tally, judge_tally = Tally(self.device), Tally(self.device)
         if judge_learns:
             with self.phases("discriminator"):

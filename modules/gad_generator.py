@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
-from lightning_onpolicy.datamodules.judged import judged_batch
+from lightning_onpolicy.datamodules.judged import judged_batch, read_anew
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.discrimination import (
     length_correlation,
@@ -62,8 +62,8 @@ class GADGenerator(ProRLGRPO):
 
     Args:
         student: The policy: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
-        discriminator: A trained one: what ``save_pretrained`` of a :class:`ScalarModel` wrote, or a live one. It stays as
-            it is.
+        discriminator: A trained one: what ``save_pretrained`` of a :class:`ScalarModel` wrote, or a live one. It stays
+            as it is.
         reward: How scores become rewards.
         recipe: Name of the recipe that fills in what is not given (``modules/presets.py``).
         **settings: Further settings of :class:`ProRLGRPO`.
@@ -139,11 +139,13 @@ class GADGenerator(ProRLGRPO):
         """
         if not bool(batch.on_policy.any()):
             raise ValueError(f"step {self.policy_version}: the batch has no row that the policy sampled.")
-        policy = self.policy
         tokenizer = self.discriminator.tokenizer
-        eos = policy.eos_token_ids[0] if tokenizer is self.tokenizer else int(tokenizer.eos_token_id)
-        pad = policy.pad_token_id if tokenizer is self.tokenizer else eos
-        rows = judged_batch(batch, tokenizer, pad, eos)
+        eos = int(tokenizer.eos_token_id)
+        pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        prompts = None
+        if tokenizer is not self.tokenizer:
+            prompts = read_anew(batch.prompts, tokenizer, chat=bool(tokenizer.chat_template))
+        rows = judged_batch(batch, tokenizer, pad, eos, prompts)
         with eval_mode(self.discriminator):
             score_B = self.per_row(rows, lambda m: self.discriminator.scores(m.input_ids, m.attention_mask))
         own, group = batch.on_policy.cpu(), batch.group.cpu()
@@ -184,9 +186,7 @@ class GADGenerator(ProRLGRPO):
         """``fresh/…``: accuracy, gap of scores and lengths, … of the verdict; values to take the mean of."""
         own, group = batch.on_policy.cpu(), batch.group.cpu()[batch.on_policy.cpu()]
         length_B, pairs = verdict.rows.response_lengths.cpu(), verdict.pairs
-        scores, lengths = (
-            (value_B[own], value_B[~own]) for value_B in (verdict.score_B, length_B)
-        )
+        scores, lengths = ((value_B[own], value_B[~own]) for value_B in (verdict.score_B, length_B))
         values = {"length_correlation": length_correlation(scores[0], lengths[0], group)}
         if len(pairs):
             values |= {

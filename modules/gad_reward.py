@@ -66,7 +66,8 @@ def adversarial_reward(
         group_B: Group numbers.
         reduce: Sums over ranks.
     """
-    reward_B, means = score_B.detach(), {}
+    means: dict[str, Tensor] = {}
+    reward_B = score_B.detach()
     if spec.bound is not None:
         reward_B, means = clamped_reward(score_B, spec.bound, teacher_B)
     if spec.debias:

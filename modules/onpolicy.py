@@ -49,6 +49,7 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
     """
 
     policy: Policy
+    whole_groups = False  # whether the loss compares the rows of a group, so that they must not be parted
 
     def __init__(
         self,
@@ -158,7 +159,9 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
             batch = self.prepare(batch)
         rollouts = self.rollout_metrics(batch)
         with self.phases("update"):
-            self.optimise(batch, self.loss, self.optimizers(), tally, self.loop)
+            self.optimise(
+                batch, self.loss, self.optimizers(), tally, self.loop, whole_groups=self.whole_groups
+            )
             metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
         metrics = {**metrics, **rollouts}
         reported = self.report("train", metrics, batch)

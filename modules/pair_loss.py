@@ -40,7 +40,8 @@ def pair_loss(
         r1: Coefficient of the gradient penalty on the preferred rows' input embeddings.
     """
     preferred = micro.extra[PREFERRED]
-    with _embeddings(model) if r1 else contextlib.nullcontext([]) as seen:
+    with contextlib.ExitStack() as stack:
+        seen = stack.enter_context(_embeddings(model)) if r1 else []
         score = model.scores(micro.input_ids, micro.attention_mask)
         pairs = pair_rows(micro.group[~preferred], micro.group[preferred])
         loss, means = discriminator_loss(spec, score[~preferred], score[preferred], pairs, counts.compared)

@@ -182,9 +182,9 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
             prompts=16,
             stages=(Stage(1024, 64),),
         ),
-        # Of both players: lr, and one optimizer step each per rollout batch, so no clip acts. ε and reduction n/s: 0.2 and
-        # GRPO's; k3 (forward gradient) and a clip of gradients at 0.2 by the official scripts. Warm-up: one epoch of 750
-        # batches, the first 10 the discriminator's; then two of the game. Responses up to 1536 tokens.
+        # Of both players: lr, and one optimizer step each per rollout batch, so no clip acts. ε and reduction n/s: 0.2
+        # and GRPO's; k3 (forward gradient) and a clip of gradients at 0.2 by the official scripts. Warm-up: one epoch
+        # of 750 batches, the first 10 the discriminator's; then two of the game. Responses up to 1536 tokens.
         "gad_paper": Preset(
             source="GAD, 2511.10643",
             advantage=AdvantageSpec("group_zscore"),
@@ -196,7 +196,7 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
             prompts=256,
             stages=(Stage(2048 + 1536, 8),),
         ),
-        # Not published: the paper's, for adapters on one device. Fewer prompts, and the learning rate that adapters want.
+        # Not published: the paper's, for adapters on one device, with fewer prompts and adapters' learning rate.
         "gad_small": Preset(
             source="gad_paper for low-rank adapters; untested beyond the quickstart's size",
             advantage=AdvantageSpec("group_zscore"),

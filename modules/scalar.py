@@ -67,8 +67,8 @@ class ScalarHead(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer body with a scalar head.
 
-    It shares no storage with any other model, unless :meth:`beside` made it. Values and scores are as the mode has them: score in
-    :func:`~lightning_onpolicy.datamodules.engines.modes.eval_mode`, update in train mode.
+    It shares no storage with any other model, unless :meth:`beside` made it. Values and scores are as the mode has
+    them: score in :func:`~lightning_onpolicy.datamodules.engines.modes.eval_mode`, update in train mode.
 
     Args:
         body: A Hugging Face model that returns ``last_hidden_state`` and attends causally.
@@ -160,7 +160,9 @@ class ScalarModel(nn.Module):
         from peft.tuners.lora import LoraLayer
 
         if not policy.has_adapters:
-            raise ValueError("the policy's own weights train, so no other model may share them: give it lora.")
+            raise ValueError(
+                "the policy's own weights train, so no other model may share them: give it lora."
+            )
         base = policy.model.base_model
         shared: dict[int, Any] = {id(p): p for p in base.parameters() if not p.requires_grad}
         body = copy.deepcopy(base, shared)

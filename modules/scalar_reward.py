@@ -1,0 +1,78 @@
+"""A trained scalar model as a reward: for :class:`ProRLGRPO`, or for anybody who has groups of answers to score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lightning_onpolicy.datamodules.batch import Group
+from lightning_onpolicy.datamodules.engines.modes import eval_mode
+from lightning_onpolicy.datamodules.judged import judged_rows, read_anew
+from lightning_onpolicy.modules.microbatch import cut_micro_batches
+from lightning_onpolicy.modules.scalar import ScalarModel
+from lightning_onpolicy.modules.specs import ModelSpec
+
+
+class ScalarReward:
+    """Scores of a scalar model that stays as it is (a ``Reward``). It reads texts, whatever the policy's tokenizer.
+
+    Args:
+        model: What ``GADDiscriminator`` exported, or a live :class:`ScalarModel`.
+        max_response_tokens: Most tokens of a response; longer ones are cut, as in training.
+        micro_batch_tokens: Positions (rows × longest row) per forward pass.
+        chat: Render prompts with the model's own chat template; False takes their text as it is.
+        device: Where to score; null takes CUDA where there is, or else the CPU.
+
+    Example:
+        >>> from lightning_onpolicy.datamodules.given import group_of
+        >>> from lightning_onpolicy.modules import ModelSpec
+        >>> policy = ModelSpec("onpolicy://quickstart/models/student", dtype="float32").load()
+        >>> reward = ScalarReward(ScalarModel.copy_of(policy))  # an untrained head: 0 for everybody
+        >>> reward.score([group_of({"prompt": "4-1-7="}, "-4", "3")])
+        [[0.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        model: str | ModelSpec | ScalarModel,
+        max_response_tokens: int | None = None,
+        micro_batch_tokens: int = 16384,
+        chat: bool = True,
+        device: str | None = None,
+    ) -> None:
+        self.model = model if isinstance(model, ScalarModel) else ScalarModel.from_pretrained(model)
+        self.model.requires_grad_(False)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.limit, self.budget, self.chat = max_response_tokens, micro_batch_tokens, chat
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """One list per group, one score per completion."""
+        tokenizer = self.model.tokenizer
+        eos = int(tokenizer.eos_token_id)
+        asked = read_anew([g.prompt for g in groups for _ in g.completions], tokenizer, chat=self.chat)
+        answers = [c for group in groups for c in group.completions]
+        if not answers:
+            return [[] for _ in groups]
+        rows = judged_rows(
+            asked,
+            [c.text for c in answers],
+            [c.finish != "length" for c in answers],
+            [False] * len(answers),
+            list(range(len(answers))),
+            tokenizer=tokenizer,
+            pad_id=eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id),
+            eos_id=eos,
+            limit=self.limit,
+        )
+        scores = torch.zeros(len(rows))
+        with eval_mode(self.model):
+            for piece in cut_micro_batches(rows.lengths.tolist(), self.budget):
+                micro = rows.select(piece).to(self.device)
+                scores[piece] = self.model.scores(micro.input_ids, micro.attention_mask).cpu()
+        it = iter(scores.tolist())
+        return [[next(it) for _ in group.completions] for group in groups]
