@@ -54,7 +54,7 @@ def imitation(theta_S2: Tensor) -> Tensor:
     return -(LOGQ_V.exp() * student(theta_S2)).sum(1)
 
 
-def descend(loss: Callable[[Tensor], Tensor], start: tuple[float, float], rate: float = 0.02) -> Tensor:
+def descend(loss: Callable[[Tensor], Tensor], start: tuple[float, float], rate: float = 0.1) -> Tensor:
     """``[2]`` where the gradient flow of an exact loss ends: small steps, so that no basin is left, then Newton's.
 
     Args:
@@ -67,7 +67,7 @@ def descend(loss: Callable[[Tensor], Tensor], start: tuple[float, float], rate: 
         return loss(theta_2[None]).sum()
 
     theta_2 = torch.tensor(start, dtype=torch.float64)
-    for _ in range(20_000):
+    for _ in range(5000):
         gradient_2 = slope(one, theta_2)
         theta_2 = theta_2 - rate * gradient_2
         if float(gradient_2.norm()) < 1e-5:

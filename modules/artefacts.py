@@ -1,9 +1,9 @@
 """Could teacher and student be told apart without reading? Probes for what a discriminator must not live on.
 
 A probe is a tiny Bradley–Terry classifier, σ(w · (φ(teacher) − φ(student))), over a few features of one artefact:
-length, the end of the answer, white space, tokenisation. It is fitted on some prompts and judged on the others. Where it
-does better than ½, so can the discriminator, and the student is then paid for the artefact. Judge what the discriminator
-is *given* (after re-encoding, templates and cuts), not what the sampler emitted.
+length, the end of the answer, white space, tokenisation. It is fitted on some prompts and judged on the others. Where
+it does better than ½, so can the discriminator, and the student is then paid for the artefact. Judge what the
+discriminator is *given* (after re-encoding, templates and cuts), not what the sampler emitted.
 
 Legend: ``P`` prompts, ``C`` pairs of a teacher's and a student's answer to one prompt, ``F`` features.
 """
@@ -60,13 +60,13 @@ def end_features(eos_ids: Sequence[int]) -> Features:
 
 
 def white_features(answer: Answer) -> Sequence[float]:
-    """White space before and after, and per character: spaces in a row, line breaks, blank lines, tabs."""
-    text, size = answer.text, max(len(answer.text), 1)
-    return (
-        float(text != text.lstrip()),
-        float(text != text.rstrip()),
-        *(text.count(what) / size for what in ("  ", "\n", "\n\n", "\t", "\r")),
-    )
+    """White space before and after, and, per character between, spaces in a row, line breaks, blank lines, tabs.
+
+    Rates leave the ends out: one line break at the end of every answer, over its size, would be its length.
+    """
+    text, inner = answer.text, answer.text.strip()
+    rates = (inner.count(what) / max(len(inner), 1) for what in ("  ", "\n", "\n\n", "\t", "\r"))
+    return float(text != text.lstrip()), float(text != text.rstrip()), *rates
 
 
 def token_features(encode: Callable[[str], Sequence[int]], special_ids: Sequence[int] = ()) -> Features:

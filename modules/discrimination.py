@@ -97,7 +97,7 @@ def length_correlation(score_B: Tensor, length_B: Tensor, group_B: Tensor) -> In
     """
     scored_B = ~score_B.isnan()
     found = []
-    for group in group_B[scored_B].unique().tolist():
+    for group in torch.unique(group_B[scored_B]).tolist():
         here_B = scored_B & (group_B == group)
         value = spearman(score_B[here_B], length_B[here_B])
         if not math.isnan(value):
@@ -121,8 +121,9 @@ def spearman(x_N: Tensor, y_N: Tensor) -> float:
 
 def _ranks(value_N: Tensor) -> Tensor:
     """``[N]`` float64 ranks from ½; equal values share their mean."""
-    _, index_N, count = value_N.detach().cpu().double().unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0).double() - 0.5 * count)[index_N]
+    values, index_N, count = torch.unique(value_N.detach().cpu(), return_inverse=True, return_counts=True)
+    rank = torch.zeros(len(values), dtype=torch.float64) + count.cumsum(0) - 0.5 * count
+    return rank[index_N]
 
 
 def _gap(student_B: Tensor, teacher_R: Tensor, pairs: Pairs) -> Tensor:

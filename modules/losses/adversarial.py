@@ -129,7 +129,7 @@ def pair_rows(
     if keep_R is not None:
         match_BR = match_BR & keep_R[None, :]
     student_C, teacher_C = match_BR.nonzero(as_tuple=True)
-    row_A, slot_C, pairs_A = student_C.unique(return_inverse=True, return_counts=True)
+    row_A, slot_C, pairs_A = torch.unique(student_C, return_inverse=True, return_counts=True)
     return Pairs(student_C, teacher_C, 1.0 / pairs_A.double()[slot_C], row_A, slot_C)
 
 
