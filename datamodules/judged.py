@@ -10,7 +10,7 @@ Legend: ``B`` rows, ``T`` positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,33 @@ def judged_batch(
         limit=limit,
     )
     return rows.to(batch.device)
+
+
+def judged_items(rows: RolloutBatch) -> list[dict[str, Any]]:
+    """One plain item per group of judged rows, in order of first appearance: what a replay buffer keeps."""
+    items: dict[int, dict[str, Any]] = {}
+    for i, group in enumerate(rows.group.tolist()):
+        prompt = list(rows.prompts[i].ids)
+        item = items.setdefault(group, {"prompt": prompt, "responses": [], "ended": [], "preferred": []})
+        item["responses"].append(rows.input_ids[i][rows.response_mask[i]].tolist())
+        item["ended"].append(bool(rows.finished[i]))
+        item["preferred"].append(bool(rows.extra[PREFERRED][i]))
+    return list(items.values())
+
+
+def rows_of_items(items: Sequence[Mapping[str, Any]], pad_id: int) -> RolloutBatch:
+    """The rows that :func:`judged_items` took apart; groups are numbered from 0."""
+    groups = []
+    for item in items:
+        completions = tuple(
+            Completion(
+                torch.tensor(ids), torch.full((len(ids),), float("nan")), "eos" if ended else "length", -1
+            )
+            for ids, ended in zip(item["responses"], item["ended"], strict=True)
+        )
+        groups.append(Group(Prompt(tuple(item["prompt"]), ""), completions, on_policy=False))
+    preferred = [x for item in items for x in item["preferred"]]
+    return collate(groups, pad_id).with_extra(**{PREFERRED: torch.tensor(preferred, dtype=torch.bool)})
 
 
 def paired(preferred_B: Tensor, group_B: Tensor) -> Tensor:

@@ -76,11 +76,7 @@ class LeanCheckpoint(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store every rank's random-number states."""
-        states: list[Any] = [_rng_state()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, _rng_state())
-        checkpoint[_RNG_KEY] = {str(rank): state for rank, state in enumerate(states)}
+        checkpoint[_RNG_KEY] = gathered_by_rank(_rng_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what is set when training starts: random-number states, after all set-up drew from them, and the
@@ -109,6 +105,15 @@ class LeanCheckpoint(pl.LightningModule):
                 "an exact resume needs the same number. To start anew from its weights, load them as the student."
             )
         _set_rng_state(states[str(self.global_rank)])
+
+
+def gathered_by_rank(state: Any) -> dict[str, Any]:
+    """Every rank's state under its number; all ranks must call it."""
+    states: list[Any] = [state]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        states = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, state)
+    return {str(rank): one for rank, one in enumerate(states)}
 
 
 def _rng_state() -> dict[str, Any]:

@@ -28,10 +28,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.judged import judged_items, rows_of_items
+from lightning_onpolicy.datamodules.replay import ReplayBuffer
 from lightning_onpolicy.modules import parallel
+from lightning_onpolicy.modules.checkpoint import gathered_by_rank
 from lightning_onpolicy.modules.gad_generator import GADGenerator, Verdict
 from lightning_onpolicy.modules.gad_reward import AdversarialReward
-from lightning_onpolicy.modules.gad_stages import Clock, Gate, Warmup, players
+from lightning_onpolicy.modules.gad_stages import Clock, Gate, Replay, Warmup, players
 from lightning_onpolicy.modules.grpo import ProRLGRPO
 from lightning_onpolicy.modules.losses.adversarial import DiscriminatorSpec
 from lightning_onpolicy.modules.onpolicy import LoopSpec, adamw
@@ -43,7 +46,7 @@ from lightning_onpolicy.modules.scalar import ScalarModel
 from lightning_onpolicy.modules.specs import LoraSpec, ModelSpec
 from lightning_onpolicy.modules.supervised import imitation_loss
 
-_CLOCK_KEY = "onpolicy_gad_clock"
+_CLOCK_KEY, _REPLAY_KEY = "onpolicy_gad_clock", "onpolicy_gad_replay"
 PHASES = ("discriminator", "warmup", "main")
 
 
@@ -60,6 +63,7 @@ class GAD(GADGenerator):
         reward: How scores become rewards.
         warmup: The first batches.
         gate: When a player waits.
+        replay: Old samples in the discriminator's batches; null, none.
         generator_every: The generator learns from every n-th rollout batch; the discriminator from each.
         anchor: What the KL's reference is: the student ``post_warmup``, or as it was at the ``start``.
         discriminator_lora: Train adapters (and the head) of the discriminator over a frozen body: one of its own or,
@@ -84,6 +88,7 @@ class GAD(GADGenerator):
         reward: AdversarialReward | None = None,
         warmup: Warmup | None = None,
         gate: Gate | None = None,
+        replay: Replay | None = None,
         generator_every: int = 1,
         anchor: Literal["post_warmup", "start"] = "post_warmup",
         discriminator_lora: LoraSpec | None = None,
@@ -115,6 +120,10 @@ class GAD(GADGenerator):
             else LoopSpec(**(discriminator_loop or {}))
         )
         self.clock = Clock()
+        self.replay_spec = Replay(**replay) if isinstance(replay, Mapping) else replay
+        self.replay: ReplayBuffer | None = None
+        if self.replay_spec is not None:
+            self.replay = ReplayBuffer(self.replay_spec.capacity, self.replay_spec.share)
         self.save_hyperparameters(
             {
                 **self.hparams,
@@ -122,6 +131,7 @@ class GAD(GADGenerator):
                 "r1": r1,
                 "warmup": dataclasses.asdict(self.warmup),
                 "gate": dataclasses.asdict(self.gate),
+                "replay": self.replay_spec and dataclasses.asdict(self.replay_spec),
                 "generator_every": generator_every,
                 "anchor": anchor,
                 "discriminator_lora": self.discriminator_lora and dataclasses.asdict(self.discriminator_lora),
@@ -168,13 +178,17 @@ class GAD(GADGenerator):
         return [one if isinstance(one, dict) else {"optimizer": one} for one in both]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also the clock."""
+        """Also the clock, and every rank's replay buffer."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_CLOCK_KEY] = self.clock.state_dict()
+        if self.replay is not None:
+            checkpoint[_REPLAY_KEY] = gathered_by_rank(self.replay.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also the clock."""
+        """Also the clock, and this rank's replay buffer."""
         super().on_load_checkpoint(checkpoint)
+        if self.replay is not None and str(self.global_rank) in checkpoint.get(_REPLAY_KEY, {}):
+            self.replay.load_state_dict(checkpoint[_REPLAY_KEY][str(self.global_rank)])
         if _CLOCK_KEY in checkpoint:  # another method's checkpoint, whose policy goes on here, has none
             self.clock.load_state_dict(checkpoint[_CLOCK_KEY])
 
@@ -209,7 +223,7 @@ class GAD(GADGenerator):
         if judge_learns:
             with self.phases("discriminator"):
                 self.clock.discriminator_steps += self.optimise(
-                    verdict.rows,
+                    self.lesson(verdict),
                     self.pair_loss,
                     judge_optimizer,
                     judge_tally,
@@ -237,6 +251,15 @@ class GAD(GADGenerator):
         }
         reported = self.report("train", metrics, rows)
         return {"seconds": self.phases.take(), "metrics": reported, "batch": rows}
+
+    def lesson(self, verdict: Verdict) -> RolloutBatch:
+        """What the discriminator learns from: the fresh rows, some groups replaced by old ones."""
+        if self.replay is None:
+            return verdict.rows
+        fresh = judged_items(verdict.rows)
+        mixed = self.replay.mix(fresh, self.clock.batches)
+        self.replay.add(fresh)
+        return rows_of_items(mixed, self.pad_of(self.discriminator.tokenizer)).to(verdict.rows.device)
 
     def pair_loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
         """The discriminator's."""

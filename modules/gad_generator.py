@@ -140,16 +140,20 @@ class GADGenerator(ProRLGRPO):
         if not bool(batch.on_policy.any()):
             raise ValueError(f"step {self.policy_version}: the batch has no row that the policy sampled.")
         tokenizer = self.discriminator.tokenizer
-        eos = int(tokenizer.eos_token_id)
-        pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         prompts = None
         if tokenizer is not self.tokenizer:
             prompts = read_anew(batch.prompts, tokenizer, chat=bool(tokenizer.chat_template))
-        rows = judged_batch(batch, tokenizer, pad, eos, prompts)
+        rows = judged_batch(batch, tokenizer, self.pad_of(tokenizer), int(tokenizer.eos_token_id), prompts)
         with eval_mode(self.discriminator):
             score_B = self.per_row(rows, lambda m: self.discriminator.scores(m.input_ids, m.attention_mask))
         own, group = batch.on_policy.cpu(), batch.group.cpu()
         return Verdict(rows, score_B.cpu(), pair_rows(group[own], group[~own]))
+
+    @staticmethod
+    def pad_of(tokenizer: Any) -> int:
+        """What its rows are padded with; masks tell EOS and padding apart."""
+        pad = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad is None else pad)
 
     def own_rows(self, batch: RolloutBatch, verdict: Verdict) -> tuple[RolloutBatch, dict[str, Tensor]]:
         """The sampled rows with their rewards; the verifiers' total becomes the part ``task``; and metrics."""

@@ -69,6 +69,19 @@ class Gate:
             raise ValueError(f"gate.window must be >= 1, got {self.window}.")
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Old samples of the student in the discriminator's batches, and in no others.
+
+    Args:
+        capacity: Groups kept; older ones go.
+        share: Part of each batch that old groups replace.
+    """
+
+    capacity: int = 4096
+    share: float = 0.5
+
+
 @dataclass
 class Clock:
     """What has happened so far.
