@@ -10,6 +10,7 @@ Legend: ``B`` rows, ``T`` positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,18 @@ def read_anew(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool) -> list[
             row = {**prompt.row, "uid": prompt.uid, "source": prompt.source}
             known[id(prompt)] = PromptStream([row], tokenizer, chat=chat, shuffle=False).encode(0)
     return [known[id(prompt)] for prompt in prompts]
+
+
+@functools.lru_cache(maxsize=8)
+def reads_alike(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of the same conversation."""
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and one.is_fast
+        and other.is_fast
+        and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    )
 
 
 def judged_batch(

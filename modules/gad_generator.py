@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
-from lightning_onpolicy.datamodules.judged import judged_batch, read_anew
+from lightning_onpolicy.datamodules.judged import judged_batch, read_anew, reads_alike
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.discrimination import (
     length_correlation,
@@ -141,7 +141,7 @@ class GADGenerator(ProRLGRPO):
             raise ValueError(f"step {self.policy_version}: the batch has no row that the policy sampled.")
         tokenizer = self.discriminator.tokenizer
         prompts = None
-        if tokenizer is not self.tokenizer:
+        if not reads_alike(tokenizer, self.tokenizer):
             prompts = read_anew(batch.prompts, tokenizer, chat=bool(tokenizer.chat_template))
         rows = judged_batch(batch, tokenizer, self.pad_of(tokenizer), int(tokenizer.eos_token_id), prompts)
         with eval_mode(self.discriminator):
