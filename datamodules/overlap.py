@@ -56,7 +56,7 @@ class Overlap:
             raise self._error
         return self._rows
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         """After an exception: stop scoring, so that verifiers are free when this returns."""
         self._arrived.put(None)
         for _ in range(30):  # one that never runs Python code again is left to end with the process
