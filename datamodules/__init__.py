@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
-    from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
@@ -43,7 +43,7 @@ __getattr__, __dir__, __all__ = attach(
         "PromptStream": "prompts",
         "RolloutBatch": "batch",
         "RolloutLoader": "loader",
-        "RolloutMaker": "loader",
+        "RolloutMaker": "maker",
         "Sampling": "batch",
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
