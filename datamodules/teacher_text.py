@@ -13,7 +13,9 @@ from lightning_onpolicy.datamodules.sources import FileSource
 
 CUT, REFUSED = "length", "content_filter"  # finish reasons, as OpenAI-compatible servers say them
 # Other lists with one entry per answer, as `onpolicy collect` writes them.
-PER_ANSWER = "refused truncated empty reasoning reported_models usage times seconds request_ids fingerprints".split()
+PER_ANSWER = (
+    "refused truncated empty reasoning reported_models usage times seconds request_ids fingerprints".split()
+)
 
 
 class TeacherTextSource(FileSource):
@@ -59,7 +61,9 @@ class TeacherTextSource(FileSource):
         rows: list[dict[str, Any]] = []
         for i, row in enumerate(self._rows):
             columns = answers_of(row, f"{path} row {i}")
-            reasons = [reason_to_leave_out(columns, k, wanted, pattern) for k in range(len(columns["response"]))]
+            reasons = [
+                reason_to_leave_out(columns, k, wanted, pattern) for k in range(len(columns["response"]))
+            ]
             self.left_out.update(reason for reason in reasons if reason)
             kept = [k for k, reason in enumerate(reasons) if not reason]
             if kept:
@@ -130,7 +134,9 @@ def reason_to_leave_out(
 
     kinds = {
         "empty": not text.strip(),
-        "refused": finish == REFUSED or flag("refused") or (pattern is not None and bool(pattern.search(text))),
+        "refused": finish == REFUSED
+        or flag("refused")
+        or (pattern is not None and bool(pattern.search(text))),
         "truncated": finish == CUT,
     }
     return next((kind for kind, holds in kinds.items() if holds and not wanted[kind]), None)

@@ -68,15 +68,18 @@ class AnswerCache:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._said():
-            self._db = sqlite3.connect(
-                ":memory:" if path is None else path, timeout=0, isolation_level=None
-            )
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db = sqlite3.connect(":memory:" if path is None else path, timeout=0, isolation_level=None)
+            self._db.execute(
+                "PRAGMA locking_mode = EXCLUSIVE"
+            )  # also spares the shared memory that WAL else needs
+            self._db.execute("PRAGMA journal_mode = WAL")  # one write to disk per commit, not three
             self._db.execute("PRAGMA synchronous = FULL")  # an answer costs more than a write to disk
             self._db.execute("BEGIN EXCLUSIVE")
             [version] = self._db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
-                raise OSError(f"{path} is of version {version}, this program writes {VERSION}: choose another cache.")
+                raise OSError(
+                    f"{path} is of version {version}, this program writes {VERSION}: choose another cache."
+                )
             for statement in SCHEMA.split(";"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {VERSION}")
@@ -125,7 +128,8 @@ class AnswerCache:
                 "SELECT price_in, price_out, SUM(tokens_in), SUM(tokens_out) FROM requests GROUP BY price_in, price_out"
             ).fetchall()
         return total_of(
-            (prices if a is None else Prices(a, b)).charge(tokens_in, tokens_out) for a, b, tokens_in, tokens_out in rows
+            (prices if price_in is None else Prices(price_in, price_out)).charge(tokens_in, tokens_out)
+            for price_in, price_out, tokens_in, tokens_out in rows
         )
 
     def send(self, key: str, tokens_in: int, tokens_out: int, prices: Prices, now: float) -> int:
@@ -136,7 +140,8 @@ class AnswerCache:
         """
         with self._said():
             number = self._db.execute(
-                "INSERT INTO requests (key, sent, price_in, price_out, tokens_in, tokens_out) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO requests (key, sent, price_in, price_out, tokens_in, tokens_out) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 (key, now, prices.per_prompt, prices.per_answer, tokens_in, tokens_out),
             ).lastrowid
         assert number is not None

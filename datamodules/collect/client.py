@@ -7,6 +7,7 @@ anybody sees it: a server may echo a key in its errors.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import time
@@ -32,12 +33,11 @@ def openai() -> ModuleType:
         ImportError: If it is not installed; the message names the extra.
     """
     try:
-        import openai as package
+        return importlib.import_module("openai")
     except ImportError as error:
         raise ImportError(
             "onpolicy collect needs the official client: pip install 'lightning-onpolicy[collect]'."
         ) from error
-    return package
 
 
 def read_key(variable: str, base_url: str) -> str:
@@ -111,7 +111,9 @@ class Client:
             return fault_of_status(response.status_code, _json(response.text), lower, message, time.time())
         except self._openai.APIConnectionError as error:
             cause = _cause(error)
-            return Fault("unreachable" if cause in UNSENT else "cut", self.clean(f"{cause}: {error.__cause__}"))
+            return Fault(
+                "unreachable" if cause in UNSENT else "cut", self.clean(f"{cause}: {error.__cause__}")
+            )
         parsed = _json(text)
         if parsed is None:
             return Fault("malformed", self.clean(f"not JSON: {text[:200]!r}"))

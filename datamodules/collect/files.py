@@ -1,8 +1,8 @@
 """The output: one JSON line per answered prompt, and the list of those that could not be answered.
 
 A line is written when all samples of its row are there, in the order in which rows become complete; when the last row
-is there, the file is put into the order of the prompts. What a killed process left is taken up: a half-written last line
-is cut off (its answers are in the cache), whole lines are kept. Files are locked while they are open.
+is there, the file is put into the order of the prompts. What a killed process left is taken up: a half-written last
+line is cut off (its answers are in the cache), whole lines are kept. Files are locked while they are open.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class RowFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise OSError(f"{path} is being written by another process: wait for it, or choose another out.") from None
+            raise OSError(
+                f"{path} is being written by another process: wait for it, or choose another out."
+            ) from None
         try:
             self._take_up()
         except ValueError:

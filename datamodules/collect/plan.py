@@ -80,7 +80,10 @@ def plan(source: Source, settings: CollectSettings) -> Plan:
         Unit(
             tuple(numbers),
             tuple(messages),
-            tuple(request_key(settings.base_url, body(settings, messages, k), k) for k in range(settings.samples)),
+            tuple(
+                request_key(settings.base_url, body(settings, messages, k), k)
+                for k in range(settings.samples)
+            ),
         )
         for numbers, messages in found.values()
     ]
@@ -140,4 +143,6 @@ def request_key(base_url: str, body: Mapping[str, Any], sample: int) -> str:
 
 def canonical_json(value: Any) -> str:
     """One text per value: keys sorted, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str
+    )

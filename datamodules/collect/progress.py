@@ -38,7 +38,11 @@ class Tally:
 
 def status(tally: Tally, budget: Budget, seconds: float) -> str:
     """One line."""
-    parts = [f"{tally.done}/{tally.rows} rows", f"{tally.received / max(seconds, 1e-9):.1f} answers/s", spent(budget)]
+    parts = [
+        f"{tally.done}/{tally.rows} rows",
+        f"{tally.received / max(seconds, 1e-9):.1f} answers/s",
+        spent(budget),
+    ]
     if tally.failed:
         parts.append(f"{tally.failed} rows failed")
     if tally.faults:

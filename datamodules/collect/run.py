@@ -1,7 +1,7 @@
 """The loop: so many workers, one event loop, one client, and the only retry layer there is.
 
-Order of things for each request, which is what makes it safe to kill the process anywhere: reserve its worst case in the
-budget; write it down; send it; commit what came back; only then look at it.
+The order of things for each request is what makes it safe to kill the process anywhere: see that its worst case fits
+the budget; write it down; send it; commit what came back; only then go on.
 """
 
 from __future__ import annotations
@@ -208,7 +208,9 @@ class Collector:
                 }
             )
         if not self.tally.received and len(self._given_up) >= HOPELESS:
-            self.stop("hopeless", f"{HOPELESS} prompts failed and none was answered, at last: {fault.message}")
+            self.stop(
+                "hopeless", f"{HOPELESS} prompts failed and none was answered, at last: {fault.message}"
+            )
 
     def _write(self, unit: Unit) -> None:
         """Write the rows of a prompt that has all its answers."""

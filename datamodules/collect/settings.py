@@ -104,7 +104,9 @@ class CollectSettings:
             raise ValueError(f"out must end in .jsonl, got {self.out!r}: rows are appended as they come.")
         taken = sorted(OWN_KEYS & set(self.extra_body or {}))
         if taken:
-            raise ValueError(f"extra_body holds {taken}, which have settings of their own or are not supported.")
+            raise ValueError(
+                f"extra_body holds {taken}, which have settings of their own or are not supported."
+            )
         check_base_url(self.base_url)
 
     @property

@@ -22,7 +22,7 @@ USAGE = """usage: onpolicy COMMAND …
   fit, validate, test, predict   run a configuration: onpolicy fit -c quickstart/opd
                                  (-c takes a file or a name from `onpolicy ls`; several are merged in order;
                                  --help and --print_config show every option)
-  collect                        ask a teacher behind an OpenAI-compatible API for answers, once, into a file to train on
+  collect                        fill a file to train on with a teacher's answers, from any OpenAI-compatible API
                                  (--help shows every option; exit code 3: some rows failed, 4: the cap was reached)
   ls                             list the packaged configurations
   cp NAME DEST                   copy one for editing
