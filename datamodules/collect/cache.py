@@ -57,18 +57,17 @@ class AnswerCache:
     """Opens, makes and locks the file.
 
     Args:
-        path: The file; None keeps everything in memory (for a dry run without a cache).
+        path: The file.
 
     Raises:
         OSError: If another process holds it, or it is no such file.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with self._said():
-            self._db = sqlite3.connect(":memory:" if path is None else path, timeout=0, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
             self._db.execute(
                 "PRAGMA locking_mode = EXCLUSIVE"
             )  # also spares the shared memory that WAL else needs

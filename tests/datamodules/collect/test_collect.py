@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 from teacher_server import TOKENS_OUT, TeacherServer
 
-from lightning_onpolicy.datamodules.collect.budget import most_prompt_tokens
 from lightning_onpolicy.datamodules.collect.plan import body, plan
 from lightning_onpolicy.datamodules.sources import FileSource
 
 PROMPTS = [f"question {i}" for i in range(6)]
-WORST = most_prompt_tokens([{"role": "user", "content": PROMPTS[0]}]) + 16
 
 
 def ordered(request: dict[str, Any]) -> dict[str, Any]:

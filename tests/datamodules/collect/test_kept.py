@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lightning_onpolicy.datamodules.collect.budget import (
-    Prices,
-)
+from lightning_onpolicy.datamodules.collect.budget import Prices
 from lightning_onpolicy.datamodules.collect.cache import AnswerCache, Kept
 from lightning_onpolicy.datamodules.collect.files import RowFile
 
-SETTINGS: dict[str, Any] = {"prompts": "p", "out": "o.jsonl", "model": "m", "base_url": "http://a/v1"}
 FLAGS = {"refused": [False], "truncated": [True], "empty": [False]}
 
 
