@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
     from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
+    from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource as TeacherTextSource
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = attach(
         "Sampling": "batch",
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
+        "TeacherTextSource": "teacher_text",
         "collate": "batch",
     },
 )
