@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
-    from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
     from lightning_onpolicy.datamodules.preferences import PairDataModule as PairDataModule
     from lightning_onpolicy.datamodules.preferences import PreferenceDataModule as PreferenceDataModule
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
     from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
+    from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource as TeacherTextSource
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -47,10 +48,11 @@ __getattr__, __dir__, __all__ = attach(
         "PromptStream": "prompts",
         "RolloutBatch": "batch",
         "RolloutLoader": "loader",
-        "RolloutMaker": "loader",
+        "RolloutMaker": "maker",
         "Sampling": "batch",
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
+        "TeacherTextSource": "teacher_text",
         "collate": "batch",
     },
 )

@@ -122,7 +122,7 @@ def spearman(x_N: Tensor, y_N: Tensor) -> float:
 def _ranks(value_N: Tensor) -> Tensor:
     """``[N]`` float64 ranks from ½; equal values share their mean."""
     values, index_N, count = torch.unique(value_N.detach().cpu(), return_inverse=True, return_counts=True)
-    rank = torch.zeros(len(values), dtype=torch.float64) + count.cumsum(0) - 0.5 * count
+    rank: Tensor = torch.zeros(len(values), dtype=torch.float64) + count.cumsum(0) - 0.5 * count
     return rank[index_N]
 
 

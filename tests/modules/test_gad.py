@@ -86,7 +86,6 @@ def gad(policy: Any = None, **settings: Any) -> GAD:
     base: dict[str, Any] = {
         "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
         "discriminator_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2),
-        "temperature": 1.0,
         "head_std": 0.2,
         "kl": KLSpec(0.05, gradient="forward"),
     }
@@ -363,7 +362,7 @@ def test_a_frozen_judge_stays_as_it_is(tmp_path: Path) -> None:
     module = GADGenerator(
         toys.policy(0, scale=2.0),
         str(tmp_path / "judge"),
-        temperature=1.0,
+       
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )
     spy = Spy()
