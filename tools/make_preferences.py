@@ -36,10 +36,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range(-(-len(source) // CHUNK)):
             for group in maker.sample(stream.take(min(CHUNK, len(source) - number * CHUNK)), seed=number):
                 chosen = group.prompt.row["response"]
-                rejected = [c.text for c in group.completions if c.finish != "length" and c.text not in chosen]
+                rejected = [
+                    c.text for c in group.completions if c.finish != "length" and c.text not in chosen
+                ]
                 if rejected:
                     asked = group.prompt.row["messages"][0]["content"]
-                    row = {"source": group.prompt.source, "prompt": asked, "chosen": chosen, "rejected": rejected}
+                    row = {
+                        "source": group.prompt.source,
+                        "prompt": asked,
+                        "chosen": chosen,
+                        "rejected": rejected,
+                    }
                     out.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 

@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=2048)
     args = parser.parse_args(argv)
     teacher = ModelSpec(TEACHER, dtype="float32").load()
-    source = GymSource(
-        "onpolicy://quickstart/tasks.yaml", size=3 * args.prompts, seed=3, split="train"
-    )
+    source = GymSource("onpolicy://quickstart/tasks.yaml", size=3 * args.prompts, seed=3, split="train")
     stream = PromptStream(source, teacher.tokenizer, seed=0)
     maker = RolloutMaker(TransformersEngine(teacher), teacher.tokenizer, group_size=1, sampling=SAMPLING)
     seen: set[str] = set()

@@ -70,7 +70,9 @@ STORIES = {
         "Trained on the right answers, then for a while on answers with characters replaced at random, so that\n"
         "its most likely answer is usually right but its samples usually are not."
     ),
-    "reader": "Trained on the right answers for a short while, with a tokenizer of its own, whose tokens are pieces of words.",
+    "reader": (
+        "Trained on the right answers for a short while, with a tokenizer of its own, whose tokens are pieces of\nwords."
+    ),
 }
 
 

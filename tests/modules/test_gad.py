@@ -216,14 +216,14 @@ def test_both_sides_are_read_alike() -> None:
         assert ids == (whole or [22])[:LIMIT]
         assert bool(rows.finished[i]) == (ids[-1] == 22 and bool(batch.finished[i]))
     again = rows_of_items(judged_items(rows), 20)
-    key = [
-        (g, tuple(r[m].tolist()))
-        for g, r, m in zip(again.group.tolist(), again.input_ids, again.response_mask)
-    ]
-    had = [
-        (g, tuple(r[m].tolist())) for g, r, m in zip(rows.group.tolist(), rows.input_ids, rows.response_mask)
-    ]
-    assert sorted(key) == sorted(had)
+
+    def rows_of(batch: RolloutBatch) -> list[tuple[int, tuple[int, ...]]]:
+        ids = [
+            tuple(row[mask].tolist()) for row, mask in zip(batch.input_ids, batch.response_mask, strict=True)
+        ]
+        return sorted(zip(batch.group.tolist(), ids, strict=True))
+
+    assert rows_of(again) == rows_of(rows)
 
 
 @pytest.mark.parametrize("budget", [16, 40, 4096])
@@ -362,7 +362,6 @@ def test_a_frozen_judge_stays_as_it_is(tmp_path: Path) -> None:
     module = GADGenerator(
         toys.policy(0, scale=2.0),
         str(tmp_path / "judge"),
-       
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )
     spy = Spy()
