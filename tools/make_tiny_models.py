@@ -71,7 +71,8 @@ STORIES = {
         "its most likely answer is usually right but its samples usually are not."
     ),
     "reader": (
-        "Trained on the right answers for a short while, with a tokenizer of its own, whose tokens are pieces of\nwords."
+        "Trained on the right answers for a short while, with a tokenizer of its own, whose tokens are pieces\n"
+        "of words."
     ),
 }
 
