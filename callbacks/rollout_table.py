@@ -101,9 +101,15 @@ def _row_sum(value: Tensor, mask: Tensor) -> float:
     return float(value if value.ndim == 0 else value[mask].sum())
 
 
-def print_table(trainer: pl.Trainer, table: Table) -> None:
-    """Print above the progress bar, if there is one; with colours only on a terminal."""
-    width = max(shutil.get_terminal_size((120, 40)).columns, 60)
+def print_table(trainer: pl.Trainer, table: Table, least: int = 60) -> None:
+    """Print above the progress bar, if there is one; with colours only on a terminal.
+
+    Args:
+        trainer: The Trainer.
+        table: The table.
+        least: Least width, whatever the terminal's.
+    """
+    width = max(shutil.get_terminal_size((120, 40)).columns, least)
     buffer = io.StringIO()
     Console(file=buffer, width=width, force_terminal=sys.stdout.isatty(), highlight=False).print(table)
     encoding = sys.stdout.encoding or "utf-8"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.mix import DomainMix as DomainMix
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Completion": "batch",
         "DatasetSource": "sources",
+        "DomainMix": "mix",
         "DynamicSampling": "dynamic",
         "EvaluationLoader": "loader",
         "FileSource": "sources",

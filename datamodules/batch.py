@@ -91,6 +91,12 @@ class Prompt:
     uid: str = ""
     source: str = ""
 
+    @property
+    def domain(self) -> str:
+        """What evaluations group tasks by: the row's ``domain``; the source, where the row does not say it."""
+        said = self.row.get("domain")
+        return self.source if said is None else str(said)
+
 
 @dataclass(frozen=True)
 class Completion:

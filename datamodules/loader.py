@@ -146,6 +146,8 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
 class EvaluationLoader:
     """One pass over evaluation prompts, the same prompts and seeds each time, so that checkpoints compare pairwise.
 
+    Batches say in ``extra`` which rows are ``counted`` and with which ``seed`` they were sampled.
+
     Args:
         prompts: This rank's prompts, equally many on all ranks (repeats flagged by ``counted``).
         maker: Makes batches; its ``group_size`` is the k of avg@k.
@@ -184,4 +186,4 @@ class EvaluationLoader:
             seed = derive_seed("eval", self.seed, self.rank, i)
             batch = self.maker.stack(self.maker.rollouts(self.prompts[part], seed))
             counted: Tensor = torch.tensor(self.counted[part])[batch.group]
-            yield batch.with_extra(counted=counted)
+            yield batch.with_extra(counted=counted, seed=torch.full_like(batch.group, seed))
