@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
+    from lightning_onpolicy.modules.scalar import ScalarModel as ScalarModel
     from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
     from lightning_onpolicy.modules.specs import ModelSpec as ModelSpec
     from lightning_onpolicy.modules.supervised import SupervisedFineTune as SupervisedFineTune
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "OnPolicyModule": "onpolicy",
         "Policy": "policy",
         "ProRLGRPO": "grpo",
+        "ScalarModel": "scalar",
         "SupervisedFineTune": "supervised",
     },
 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.scalar import ScalarModel
 
 _RNG_KEY = "onpolicy_rng"
 
@@ -33,7 +34,7 @@ class LeanCheckpoint(pl.LightningModule):
             f"{attribute}.{key}" for attribute, m in self.frozen_modules().items() for key in m.state_dict()
         }
         for attribute, child in self.named_children():
-            if isinstance(child, Policy) and child.has_adapters:
+            if isinstance(child, Policy | ScalarModel) and child.has_adapters:
                 names |= {f"{attribute}.{name}" for name in child.frozen_names()}
         return names
 

@@ -170,16 +170,24 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 f"{type(self).__name__} trains on RolloutBatch, got {type(batch).__name__}: "
                 "use OnPolicyDataModule or collate()."
             )
-        tally = Tally(self.device)
         with self.phases("prepare"), torch.no_grad():
             batch = self.prepare(batch)
         rollouts = self.rollout_metrics(batch)
         with self.phases("update"):
-            self.optimise(batch, self.loss, self.optimizers(), tally, self.loop)
-            metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+            metrics = self.update(batch)
         metrics = {**metrics, **rollouts}
         reported = self.report("train", metrics, batch)
         return {"seconds": self.phases.take(), "metrics": reported, "batch": batch}
+
+    def update(self, batch: RolloutBatch) -> dict[str, float]:
+        """Optimizer steps on a prepared batch; a method with a second player overrides it.
+
+        Returns:
+            Their metrics over all ranks.
+        """
+        tally = Tally(self.device)
+        self.optimise(batch, self.loss, self.optimizers(), tally, self.loop)
+        return tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
 
     # -- metrics ----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.strategies import (
@@ -15,6 +15,14 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class ShardsApart(Protocol):
+    """A model of several dtypes, which FSDP2 cannot have in one group of parameters."""
+
+    def sharded_apart(self) -> list[nn.Module]:
+        """Sub-modules, each to be a group of its own."""
 
 
 def data_parallel_size(trainer: Any) -> int:
@@ -105,14 +113,15 @@ def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: the members of its largest ``ModuleList``."""
+    """The repeated layers of a model (the members of its largest ``ModuleList``), and what it wants sharded apart."""
+    apart = model.sharded_apart() if isinstance(model, ShardsApart) else []
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        return []
+        return apart
     largest: nn.ModuleList = max(
         lists, key=lambda blocks: sum(p.numel() for p in nn.Module.parameters(blocks))
     )
-    return list(largest)
+    return [*largest, *apart]
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -74,9 +74,9 @@ class Policy(nn.Module):
         )
         self.model = model
         if lora is not None:
-            self._add_adapters(lora)
+            lora.add_to(model)
         if spec is not None and spec.gradient_checkpointing:
-            _recompute_activations(model)
+            recompute_activations(model)
         model.train()
 
     # -- what it is -------------------------------------------------------------------------------
@@ -174,21 +174,6 @@ class Policy(nn.Module):
 
     # -- adapters and saving ----------------------------------------------------------------------
 
-    def _add_adapters(self, lora: LoraSpec) -> None:
-        from peft import LoraConfig
-
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        self.model.add_adapter(
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-                exclude_modules=["lm_head"] if targets == "all-linear" else None,
-                task_type="CAUSAL_LM",
-            )
-        )
-
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """The base model, as it was before adapters were added; restored also after an exception."""
@@ -224,17 +209,11 @@ class Policy(nn.Module):
         Raises:
             ValueError: If adapters would be merged into quantised weights.
         """
-        from lightning_onpolicy.modules.saving import merged_state_dict
+        from lightning_onpolicy.modules.saving import merged_copy
 
         if self.has_adapters and merge:
-            state_dict = merged_state_dict(self.model, state_dict)
-            plain = type(self.model)(self.config).to(next(iter(state_dict.values())).dtype)
+            plain = merged_copy(self.model, state_dict)
             plain.generation_config = self.model.generation_config
-            missing = set(plain.load_state_dict(state_dict, strict=False).missing_keys)
-            plain.tie_weights()
-            tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-            if missing - ({"lm_head.weight"} if tied else set()):
-                raise RuntimeError(f"the merged weights lack {sorted(missing)[:3]}…; nothing was saved.")
             plain.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, state_dict=dict(state_dict) if state_dict else None)
@@ -244,7 +223,7 @@ class Policy(nn.Module):
         return f"spec={dataclasses.asdict(self.spec)}" if self.spec else ""
 
 
-def _recompute_activations(model: Any) -> None:
+def recompute_activations(model: Any) -> None:
     """Activation checkpointing under its name of transformers 5.23 or, before it, the older one."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

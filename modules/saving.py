@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,26 @@ def merged_state_dict(model: Any, state: Mapping[str, Tensor] | None = None) -> 
                 value = (value.float() + delta).to(value.dtype)
         merged[f"{owner}.{leaf}"] = value
     return {key: value.detach().to("cpu", copy=True) for key, value in merged.items()}
+
+
+def merged_copy(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+    """A model of the same class on the CPU with the adapters merged into its weights (arguments as above).
+
+    Raises:
+        ValueError: If a base weight is quantised.
+    """
+    weights = merged_state_dict(model, state)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its first weights are drawn, and exporting must not change a run
+        plain = type(model)(copy.deepcopy(model.config)).to(next(iter(weights.values())).dtype)
+    missing = set(plain.load_state_dict(weights, strict=False).missing_keys)
+    plain.tie_weights()
+    head = plain.get_output_embeddings()
+    tied = head is not None and head.weight is plain.get_input_embeddings().weight
+    if missing - ({"lm_head.weight"} if tied else set()):
+        raise RuntimeError(f"the merged weights lack {sorted(missing)[:3]}…: the model was not copied.")
+    return plain
 
 
 def gathered_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -44,6 +44,23 @@ class LoraSpec:
                 "lora.target_modules names lm_head: adapters on the output head are not supported."
             )
 
+    def add_to(self, model: Any) -> None:
+        """Add adapters to a Hugging Face model, in place; all else in it is frozen."""
+        from peft import LoraConfig
+
+        has_head = model.get_output_embeddings() is not None
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        model.add_adapter(
+            LoraConfig(
+                r=self.r,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                target_modules=targets,
+                exclude_modules=["lm_head"] if targets == "all-linear" and has_head else None,
+                task_type="CAUSAL_LM",
+            )
+        )
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -102,8 +119,12 @@ class ModelSpec:
                 path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
 
-    def load_model(self) -> Any:
-        """The Hugging Face model, quantised if asked, without adapters."""
+    def load_model(self, kind: Any = AutoModelForCausalLM) -> Any:
+        """The Hugging Face model, quantised if asked, without adapters.
+
+        Args:
+            kind: The auto class that makes it; ``AutoModel`` gives the body without its output head.
+        """
         path = resolve_model(self.path)
         kwargs: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation:
@@ -116,13 +137,13 @@ class ModelSpec:
                 config = AutoConfig.from_pretrained(
                     path, revision=kwargs.pop("revision"), trust_remote_code=self.trust_remote_code
                 )
-            return AutoModelForCausalLM.from_config(
+            return kind.from_config(
                 config, dtype=config.dtype or torch.float32 if dtype == "auto" else dtype, **kwargs
             )
         if self.quantize:
             kwargs["quantization_config"] = _quantization(self.quantize)
         with _naming("model", path):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+            return kind.from_pretrained(path, dtype=dtype, **kwargs)
 
     def load(self) -> Policy:
         """The policy."""
