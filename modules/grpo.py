@@ -21,17 +21,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import PolicyReduction, aggregate
+from lightning_onpolicy.modules.anchored import WithReference
 from lightning_onpolicy.modules.critic import CriticSpec, WithCritic
 from lightning_onpolicy.modules.losses.advantages import advantages, group_summary
 from lightning_onpolicy.modules.losses.entropy import EntropyControl, pick
@@ -50,21 +51,16 @@ from lightning_onpolicy.modules.onpolicy import LoopSpec, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName, preset
-from lightning_onpolicy.modules.references import Reference, reference_of
 from lightning_onpolicy.modules.sampled import temperature_of
 from lightning_onpolicy.modules.specs import ModelSpec
 
 _CONTROL_KEY = "onpolicy_entropy_control"
-PER_TOKEN = (
-    "advantage",
-    "logp_old",
-    "logp_ref",
-    "picked",
-)  # [B, T], what ``prepare`` adds where it is needed
+# [B, T], what ``prepare`` adds where it is needed:
+PER_TOKEN = ("advantage", "logp_old", "logp_ref", "picked")
 Spec = TypeVar("Spec", AdvantageSpec, SurrogateSpec, KLSpec, CorrectionSpec, EntropySpec, CriticSpec)
 
 
-class ProRLGRPO(WithCritic):
+class ProRLGRPO(WithReference, WithCritic):
     """Raise the reward of the policy's own rollouts.
 
     Args:
@@ -90,8 +86,6 @@ class ProRLGRPO(WithCritic):
     Raises:
         ValueError: If a setting is out of range or has no effect.
     """
-
-    reference: Reference | None
 
     def __init__(
         self,
@@ -124,10 +118,10 @@ class ProRLGRPO(WithCritic):
             _spec(CriticSpec, critic, CriticSpec()) if learnt else None,
             critic_optimizer,
             critic_scheduler,
+            kl=_spec(KLSpec, kl, base.kl),
         )
         self.recipe = recipe
         self.advantage = worth
-        self.kl = _spec(KLSpec, kl, base.kl)
         self.entropy = _spec(EntropySpec, entropy, base.entropy)
         self.objective = Objective(
             _spec(SurrogateSpec, surrogate, base.surrogate),
@@ -155,7 +149,6 @@ class ProRLGRPO(WithCritic):
         )
         _check(positive_nll >= 0, "positive_nll", positive_nll, ">= 0")
         self.entropy_control = EntropyControl(self.entropy)
-        self.reference = None
         self.save_hyperparameters(
             {
                 "student": self.student and dataclasses.asdict(self.student),
@@ -169,38 +162,7 @@ class ProRLGRPO(WithCritic):
             }
         )
 
-    # -- models -----------------------------------------------------------------------------------
-
-    def build(self) -> None:
-        """A reference over full weights; one over adapters waits until they are sharded."""
-        super().build()
-        if self.kl.coef > 0 and not self.policy.has_adapters:
-            self.reference = reference_of(self.policy)
-
-    def configure_model(self) -> None:
-        """Load and shard the models; called once per process, and again harmlessly."""
-        super().configure_model()
-        if self.kl.coef > 0 and self.reference is None:
-            self.reference = reference_of(self.policy)
-
-    def sharded_models(self) -> Iterator[nn.Module]:
-        """Policy, critic and, over full weights, reference."""
-        yield from super().sharded_models()
-        if self.reference is not None:
-            yield self.reference
-
-    def reset_reference(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Make the reference what the policy is now; the KL to it is then 0. The policy does not change.
-
-        Args:
-            state: Other weights to take instead, named as the policy's trained tensors (a best checkpoint's).
-
-        Raises:
-            ValueError: If there is no reference.
-        """
-        if self.reference is None:
-            raise ValueError("there is no reference to reset: kl.coef is 0.")
-        self.reference.load_policy(self.policy, state)
+    # -- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also the entropy bonus' coefficient."""
