@@ -84,9 +84,7 @@ class EvenShare(Reward):
         return [[even_share(c.text) for c in group.completions] for group in groups]
 
 
-def our_side(
-    lane: Lane, setting: Setting, device: str, steps: int, hooks: Hooks, clip: float | None
-) -> Side:
+def our_side(lane: Lane, setting: Setting, device: str, steps: int, hooks: Hooks, clip: float | None) -> Side:
     """`ProRLGRPO` in a Lightning Trainer, with TRL's loss: token mean, k3, z-scores over the deviation plus 1e-4."""
     tokenizer = build_tokenizer(setting.vocab)
     student, reference = (build_model(setting, seed, device) for seed in (0, 1))
@@ -99,9 +97,7 @@ def our_side(
         kl=KLSpec(BETA, gradient="forward"),
         reduction="token_mean",
         optimizer=partial(adamw, lr=lane.lr),
-        loop=LoopSpec(
-            updates=lane.updates, micro_batch_tokens=setting.positions, max_grad_norm=clip
-        ),
+        loop=LoopSpec(updates=lane.updates, micro_batch_tokens=setting.positions, max_grad_norm=clip),
     )
     module.configure_model()
     module.reset_reference({f"model.{name}": value for name, value in reference.state_dict().items()})
@@ -132,9 +128,7 @@ def _data_module(
     )
 
 
-def trl_side(
-    lane: Lane, setting: Setting, device: str, steps: int, hooks: Hooks, clip: float | None
-) -> Side:
+def trl_side(lane: Lane, setting: Setting, device: str, steps: int, hooks: Hooks, clip: float | None) -> Side:
     """TRL's `GRPOTrainer` in its loop. Given rollouts come in through its `rollout_func`, with their rewards."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -186,9 +180,12 @@ def _even_shares(
 
 def _given(batch: RolloutBatch) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A reward function and a rollout function that return what the batch holds."""
-    rows = [(prompt.ids, ids[mask], logp[mask]) for prompt, ids, mask, logp in zip(
-        batch.prompts, batch.input_ids, batch.response_mask, batch.sampler_logprobs, strict=True
-    )]
+    rows = [
+        (prompt.ids, ids[mask], logp[mask])
+        for prompt, ids, mask, logp in zip(
+            batch.prompts, batch.input_ids, batch.response_mask, batch.sampler_logprobs, strict=True
+        )
+    ]
     rollouts: Mapping[str, Any] = {
         "prompt_ids": [list(prompt) for prompt, _, _ in rows],
         "completion_ids": [ids.tolist() for _, ids, _ in rows],

@@ -1,4 +1,4 @@
-"""What both sides of a step benchmark are made of: hooks, a loader of given rollouts, and the two trainers' settings."""
+"""What both sides of a step benchmark are made of: hooks, a loader of given rollouts, the two trainers' settings."""
 
 from __future__ import annotations
 
