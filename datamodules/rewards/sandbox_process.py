@@ -19,7 +19,9 @@ from lightning_onpolicy.datamodules.rewards import scratch
 from lightning_onpolicy.datamodules.rewards.sandbox_child import TOO_MUCH, kill_descendants, sweep
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall, interpreter
 
-_BOOT = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv[2])))"
+LOADER = (
+    "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv[2])))  # a sandbox of lightning-onpolicy"
+)
 START_S = 20.0
 STOP_S = 2.0  # more than the server takes to sweep
 
@@ -122,7 +124,7 @@ class SandboxProcess:
                     "-X",
                     "utf8",
                     "-c",
-                    _BOOT,
+                    LOADER,
                     str(far.fileno()),
                     _child(),
                 ],
