@@ -14,7 +14,7 @@ clipped at 0.2, 0.04 · k3 to the reference, token mean over the step, clipping 
 Neither checkpoints activations (TRL would by default). Ours makes micro-batches by length, TRL as the batch was
 padded. How a lane is checked, timed and weighed is in `step_turns.py`.
 
-    python benchmarks/grpo_step.py --settings tiny,ragged,vocab50k --repeats 5 --threads 2
+    python benchmarks/grpo_step.py --lanes update --settings tiny,ragged,vocab50k --repeats 3 --threads 2
     python benchmarks/grpo_step.py --lanes whole --settings tiny,ragged
     python benchmarks/grpo_step.py --device cuda
 
@@ -45,6 +45,7 @@ def comparison(name: str) -> Comparison:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``lanes`` becomes a list."""
     parser = arguments(__doc__)
+    parser.set_defaults(repeats=3)  # of three lanes
     parser.add_argument(
         "--lanes", default=",".join(LANES), help=f"comma-separated, of {', '.join(LANES)}; default: all"
     )
