@@ -10,7 +10,6 @@ Nothing here needs a Trainer::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.adjust import AdjustableRollouts
-from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, Sampling, collate
 from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.phases import Phases
@@ -27,13 +26,10 @@ from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.composite import part_names, score_all, weighted_sum
 from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
+from lightning_onpolicy.datamodules.seeds import derive_seed
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable: equal parts, equal seed, on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from lightning_onpolicy.datamodules.tools.conversation import Conversation
+from lightning_onpolicy.datamodules.tools.tokens import observed_counts
 
 
 class RolloutMaker:
@@ -48,6 +44,7 @@ class RolloutMaker:
         shapers: Applied to the total, one after the other; the unshaped total is then the part ``task``.
         group_size: Completions per prompt.
         sampling: How tokens are drawn.
+        conversation: Samples responses in turns, between which an environment answers; None: in one turn.
         before: Called before each sampling, e.g. to hand the engine the newest weights.
         context: Entered around each sampling, e.g. the autocast context that training runs in.
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
@@ -66,6 +63,7 @@ class RolloutMaker:
         shapers: Sequence[Shaper] = (),
         group_size: int = 4,
         sampling: Sampling | None = None,
+        conversation: Conversation | None = None,
         before: Callable[[RolloutEngine], None] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         deadline_s: float | None = 1800.0,
@@ -86,6 +84,7 @@ class RolloutMaker:
         self.shapers = tuple(shapers)
         self.group_size = group_size
         self.sampling = sampling or Sampling()
+        self.conversation = conversation
         self.before, self.context = before, context
         self.phases = Phases(deadline_s)
 
@@ -96,7 +95,7 @@ class RolloutMaker:
         if self.before is not None:
             self.before(self.engine)
         with self.phases("rollout"), self.context():
-            drawn = self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
+            drawn = self._draw(prompts, seed)
         texts = self.tokenizer.batch_decode(
             [c.ids.tolist() for group in drawn for c in group], skip_special_tokens=True
         )
@@ -105,6 +104,11 @@ class RolloutMaker:
             Group(p, tuple(dataclasses.replace(c, text=next(it)) for c in group))
             for p, group in zip(prompts, drawn, strict=True)
         ]
+
+    def _draw(self, prompts: Sequence[Prompt], seed: int) -> list[list[Completion]]:
+        if self.conversation is None:
+            return self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
+        return self.conversation.sample(self.engine, prompts, self.group_size, self.sampling, seed)
 
     def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
         """Every reward's scores, by name; those inside a composite as ``name/part``.
@@ -143,6 +147,8 @@ class RolloutMaker:
         names = scored[0].parts if scored else ()
         parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
         task: Scores = [list(s.total) for s in scored]
+        if self.conversation is not None:
+            counts = {**(counts or {}), **observed_counts(groups)}
         pad = self.tokenizer.pad_token_id
         return collate(
             groups,
