@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.tools.base import Environment as Environment
     from lightning_onpolicy.datamodules.tools.base import Observation as Observation
     from lightning_onpolicy.datamodules.tools.base import Segment as Segment
+    from lightning_onpolicy.datamodules.tools.base import Tool as Tool
     from lightning_onpolicy.datamodules.tools.base import ToolError as ToolError
     from lightning_onpolicy.datamodules.tools.base import Transcript as Transcript
     from lightning_onpolicy.datamodules.tools.calculator import Calculator as Calculator
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         "InlineTool": "use",
         "Observation": "base",
         "Segment": "base",
+        "Tool": "base",
         "ToolError": "base",
         "ToolUse": "use",
         "Transcript": "base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -16,6 +17,18 @@ class ToolError(Exception):
 
     Any other exception is ours and ends the run.
     """
+
+
+class Tool(ABC):
+    """From the text of a call to the answer. An ordinary function does as well; a class can be named in YAML."""
+
+    @abstractmethod
+    def __call__(self, call: str) -> str:
+        """The answer.
+
+        Raises:
+            ToolError: If the call makes no sense.
+        """
 
 
 @dataclass(frozen=True)

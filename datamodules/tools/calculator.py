@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from lightning_onpolicy.datamodules.tools.base import ToolError
+from lightning_onpolicy.datamodules.tools.base import Tool, ToolError
 
 _TOKEN = re.compile(r"[ \t]*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|([-+*/()]))")
 _RANK = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
@@ -27,7 +27,7 @@ _BINARY: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
-class Calculator:
+class Calculator(Tool):
     """Works out sums, differences, products and quotients of numbers, with parentheses; exactly, then rounded.
 
     Args:
@@ -49,15 +49,15 @@ class Calculator:
             )
         self.max_chars, self.places = max_chars, places
 
-    def __call__(self, expression: str) -> str:
+    def __call__(self, call: str) -> str:
         """The value.
 
         Raises:
             ToolError: If the text is too long, not an expression, or divides by zero.
         """
-        if len(expression) > self.max_chars:
+        if len(call) > self.max_chars:
             raise ToolError(f"more than {self.max_chars} characters")
-        scaled = round(evaluate(expression) * 10**self.places)
+        scaled = round(evaluate(call) * 10**self.places)
         whole, rest = divmod(abs(scaled), 10**self.places)
         decimals = f"{rest:0{self.places}d}".rstrip("0") if rest else ""
         return ("-" if scaled < 0 else "") + str(whole) + ("." + decimals if decimals else "")

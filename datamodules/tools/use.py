@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_onpolicy.datamodules.tools.base import Environment, Observation, ToolError, Transcript
+from lightning_onpolicy.datamodules.tools.base import Environment, Observation, Tool, ToolError, Transcript
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class InlineTool:
     """A tool and the marks that call it. The defaults are GSM8K's calculator annotations (arXiv 2110.14168).
 
     Args:
-        tool: From the text between the marks to the answer; a class with ``__call__`` or, in YAML, the import path of
-            a function. What the model wrote is hostile: no tool may evaluate it in this process. It raises
+        tool: From the text between the marks to the answer: a :class:`Tool` or, in YAML, the import path of a
+            function. What the model wrote is hostile: no tool may evaluate it in this process. It raises
             :class:`ToolError` where the model is at fault, which then reads ``error: …``; other exceptions end the
             run.
         opens: Begins a call.
@@ -27,7 +27,7 @@ class InlineTool:
         ValueError: If a mark is empty, or the marks are the same.
     """
 
-    tool: Callable[[str], str]
+    tool: Tool | Callable[[str], str]
     opens: str = "<<"
     closes: str = "="
     before: str = ""
