@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.tools.tokens import response_of, segments_of
 
 PROMPT_CHARS = 160
 RESPONSE_CHARS = 480
@@ -49,7 +50,8 @@ def sample_table(batch: RolloutBatch, tokenizer: Any | None, rows: int, title: s
 
     Args:
         batch: The rollouts.
-        tokenizer: Decodes responses with their special tokens; None takes the batch's own texts.
+        tokenizer: Decodes responses with their special tokens, and what a tool wrote as ``⟦…⟧``; None takes the batch's
+            own texts.
         rows: Most rows shown.
         title: Title.
     """
@@ -65,7 +67,8 @@ def sample_table(batch: RolloutBatch, tokenizer: Any | None, rows: int, title: s
         mask = batch.response_mask[i]
         text = batch.texts[i] if batch.texts else ""
         if tokenizer is not None:
-            text = tokenizer.decode(batch.input_ids[i][mask].tolist(), skip_special_tokens=False)
+            parts = segments_of(*response_of(batch, i), tokenizer, special=True)
+            text = "".join(p.text if p.role == "assistant" else f"⟦{p.text}⟧" for p in parts)
         length = f"{int(mask.sum())}" + ("" if bool(batch.finished[i]) else " cut")
         cells = [
             Text(visible(batch.prompts[i].text if batch.prompts else "", PROMPT_CHARS)),

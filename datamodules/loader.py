@@ -10,7 +10,6 @@ Nothing here needs a Trainer::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,13 +22,8 @@ from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, Scor
 from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.composite import part_names
+from lightning_onpolicy.datamodules.seeds import derive_seed as derive_seed
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable: equal parts, equal seed, on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class RolloutLoader(AdjustableRollouts, StreamLoader):

@@ -220,7 +220,10 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 "truncated": (~batch.finished[own]).double(),
                 "policy_lag": (self.policy_version - batch.policy_version[own]).double(),
                 **{f"reward/{k}": v[own & ~v.isnan()] for k, v in batch.reward_parts.items()},
-                **{f"groups/{k}": torch.tensor(v, device=self.device) for k, v in batch.counts.items()},
+                **{
+                    k if "/" in k else f"groups/{k}": torch.tensor(v, device=self.device)
+                    for k, v in batch.counts.items()
+                },
             }
         )
         metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))

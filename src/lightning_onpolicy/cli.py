@@ -99,9 +99,16 @@ def _lightning_cli(args: list[str]) -> Any:
     import lightning_onpolicy.callbacks as callbacks
     import lightning_onpolicy.datamodules as datamodules
     import lightning_onpolicy.datamodules.rewards as rewards
+    import lightning_onpolicy.datamodules.tools as tools
     import lightning_onpolicy.modules as modules
 
-    for package in (modules, datamodules, rewards, callbacks):  # short class names need imported classes
+    for package in (
+        modules,
+        datamodules,
+        rewards,
+        tools,
+        callbacks,
+    ):  # short class names need imported classes
         for name in package.__all__:
             getattr(package, name)
 
