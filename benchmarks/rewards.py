@@ -1,13 +1,15 @@
 """How many answers do the verifiers score per second, and what does one stuck answer cost?
 
-Code: programs of a realistic mix (right, wrong, crashing, without code), five tests each by standard input or by
+Code: programs of a mix (right, with imports, wrong, crashing, a function), five tests each by standard input or by
 function calls, every one in a sandbox. Maths: formulas, which all go to math-verify (`formulas`), and a mix of which
 strings decide three in four (`math`). Choices, numbers with units, and instructions (four per prompt): short answers.
 Each lane runs with 1 and with 2 workers, warm; then once more with one answer in it that never ends, which costs its
-deadline (for the last three, which cannot hang, a megabyte). The share of time lost is 1 − t / t_stuck.
+deadline (for the last three, which cannot hang, a megabyte). The share of time lost is 1 − t / t_stuck. A worker that
+is stuck leaves the others to the rest, so with two of them less is lost.
 
-    python benchmarks/rewards.py --code 1000
+    python benchmarks/rewards.py --tiers bubblewrap
     python benchmarks/rewards.py --code 200 --tiers subprocess --text 0
+    python benchmarks/rewards.py --code 0 --verifiers math,formulas,choice,numeric,instructions --tag text
 
 Writes `benchmarks/results/rewards.json` (every run) and `.csv` (one line per verifier, tier and number of workers).
 """
@@ -203,8 +205,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--code", type=int, default=1000, help="programs per run; 0: none")
-    parser.add_argument("--text", type=int, default=2000, help="answers per run of the others; 0: none")
-    parser.add_argument("--verifiers", default=",".join(VERIFIERS), help="which others, comma-separated")
+    parser.add_argument("--text", type=int, default=10_000, help="answers per run of the others; 0: none")
+    parser.add_argument(
+        "--verifiers", default="math", help=f"which others, comma-separated, of {', '.join(VERIFIERS)}"
+    )
     parser.add_argument(
         "--tiers", default=",".join(t.label for t in Tier), help="sandbox tiers, comma-separated"
     )

@@ -11,6 +11,7 @@ from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
     from lightning_onpolicy.callbacks.completions import CompletionWriter as CompletionWriter
+    from lightning_onpolicy.callbacks.evaluation_report import EvaluationReport as EvaluationReport
     from lightning_onpolicy.callbacks.export import ExportHF as ExportHF
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
@@ -29,6 +30,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Ceiling": "triggers",
         "CompletionWriter": "completions",
+        "EvaluationReport": "evaluation_report",
         "EveryNSteps": "triggers",
         "ExportHF": "export",
         "LearningCurve": "report",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.tools.tokens import response_of, segments_of
 
 Format = Literal["jsonl", "parquet"]
 
@@ -112,19 +113,21 @@ def move_aside(path: Path) -> Path | None:
     return path.rename(aside)
 
 
-def rows_of(batch: RolloutBatch, *, tokens: bool = False) -> list[dict[str, Any]]:
+def rows_of(batch: RolloutBatch, *, tokens: bool = False, tokenizer: Any = None) -> list[dict[str, Any]]:
     """One plain row per response; NaN becomes None.
 
     Args:
         batch: The rollouts, on any device.
-        tokens: Add ``response_ids`` and ``logprobs``, one value per trained token.
+        tokens: Add ``response_ids`` and ``logprobs``, one value per token of the response, and ``response_mask``
+            where a tool wrote some of them.
+        tokenizer: Splits responses in which a tool spoke into ``turns``; None leaves them out.
     """
     batch = batch.to("cpu")
     counted = batch.extra.get("counted")
-    lengths = batch.lengths.tolist()
+    starts = batch.prompt_lengths.tolist()
     rows: list[dict[str, Any]] = []
     for i in range(len(batch)):
-        mask = batch.response_mask[i]
+        ids, written = response_of(batch, i)
         row: dict[str, Any] = {"group": int(batch.group[i])}
         if batch.prompts:
             prompt = batch.prompts[i]
@@ -136,16 +139,22 @@ def rows_of(batch: RolloutBatch, *, tokens: bool = False) -> list[dict[str, Any]
             "reward": _null(float(batch.rewards[i])),
             "parts": {name: _null(float(part[i])) for name, part in batch.reward_parts.items()},
             "finished": bool(batch.finished[i]),
-            "prompt_tokens": lengths[i] - int(mask.sum()),
-            "response_tokens": int(mask.sum()),
+            "prompt_tokens": starts[i],
+            "response_tokens": sum(written),
             "on_policy": bool(batch.on_policy[i]),
             "policy_version": int(batch.policy_version[i]),
         }
         if counted is not None:
             row["counted"] = bool(counted[i])
+        if not all(written) and tokenizer is not None:
+            parts = segments_of(ids, written, tokenizer)
+            row["turns"] = [{"role": part.role, "content": part.text} for part in parts]
         if tokens:
-            row["response_ids"] = batch.input_ids[i][mask].tolist()
-            row["logprobs"] = [_null(x) for x in batch.sampler_logprobs[i][mask].tolist()]
+            row["response_ids"] = ids
+            drawn = batch.sampler_logprobs[i, starts[i] : starts[i] + len(ids)].tolist()
+            row["logprobs"] = [_null(x) for x in drawn]
+            if not all(written):
+                row["response_mask"] = written
         rows.append(row)
     return rows
 
@@ -155,8 +164,9 @@ def _null(value: float) -> float | None:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a column per reward part and answers as text: a column has one type and is never empty."""
+    """The row with a column per reward part, answers and turns as text: a column has one type and is never empty."""
     flat = {key: value for key, value in row.items() if key != "parts"}
+    flat["turns"] = json.dumps(flat.get("turns", []), ensure_ascii=False)
     if "answer" in flat and not isinstance(flat["answer"], str):
         flat["answer"] = json.dumps(flat["answer"], ensure_ascii=False, default=str)
     flat |= {f"part_{name}": value for name, value in row["parts"].items()}

@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.tools.tokens import response_of, segments_of
 
 PROMPT_CHARS = 160
 RESPONSE_CHARS = 480
@@ -49,7 +50,8 @@ def sample_table(batch: RolloutBatch, tokenizer: Any | None, rows: int, title: s
 
     Args:
         batch: The rollouts.
-        tokenizer: Decodes responses with their special tokens; None takes the batch's own texts.
+        tokenizer: Decodes responses with their special tokens, and what a tool wrote as ``⟦…⟧``; None takes the batch's
+            own texts.
         rows: Most rows shown.
         title: Title.
     """
@@ -65,7 +67,8 @@ def sample_table(batch: RolloutBatch, tokenizer: Any | None, rows: int, title: s
         mask = batch.response_mask[i]
         text = batch.texts[i] if batch.texts else ""
         if tokenizer is not None:
-            text = tokenizer.decode(batch.input_ids[i][mask].tolist(), skip_special_tokens=False)
+            parts = segments_of(*response_of(batch, i), tokenizer, special=True)
+            text = "".join(p.text if p.role == "assistant" else f"⟦{p.text}⟧" for p in parts)
         length = f"{int(mask.sum())}" + ("" if bool(batch.finished[i]) else " cut")
         cells = [
             Text(visible(batch.prompts[i].text if batch.prompts else "", PROMPT_CHARS)),
@@ -101,9 +104,15 @@ def _row_sum(value: Tensor, mask: Tensor) -> float:
     return float(value if value.ndim == 0 else value[mask].sum())
 
 
-def print_table(trainer: pl.Trainer, table: Table) -> None:
-    """Print above the progress bar, if there is one; with colours only on a terminal."""
-    width = max(shutil.get_terminal_size((120, 40)).columns, 60)
+def print_table(trainer: pl.Trainer, table: Table, least: int = 60) -> None:
+    """Print above the progress bar, if there is one; with colours only on a terminal.
+
+    Args:
+        trainer: The Trainer.
+        table: The table.
+        least: Least width, whatever the terminal's.
+    """
+    width = max(shutil.get_terminal_size((120, 40)).columns, least)
     buffer = io.StringIO()
     Console(file=buffer, width=width, force_terminal=sys.stdout.isatty(), highlight=False).print(table)
     encoding = sys.stdout.encoding or "utf-8"

@@ -27,6 +27,9 @@ class RolloutLogger(Callback):
     The table shows ``extra["sampled_kl"]`` (``[B]``, or ``[B, T]`` to be summed over the response) if the
     batch has it.
 
+    Where a tool spoke, rows have ``turns`` with the ``role`` and ``content`` of each part, and the table shows the
+    tool's words as ``⟦…⟧``.
+
     Args:
         folder: Where the files go; default: ``rollouts`` in the logger's folder, else in the trainer's root.
         format: ``jsonl`` or ``parquet``.
@@ -119,7 +122,7 @@ class RolloutLogger(Callback):
         """Log a training batch."""
         if isinstance(outputs, dict):  # our modules return the batch with what they added to it
             batch = outputs.get("batch", batch)
-        rollouts = self._log(trainer, batch, "train")
+        rollouts = self._log(trainer, batch, "train", tokenizer_of(pl_module))
         if rollouts is None or not trainer.is_global_zero or not self.every_n_table:
             return
         if (self._batches - 1) % self.every_n_table == 0:
@@ -137,7 +140,8 @@ class RolloutLogger(Callback):
     ) -> None:
         """Log a validation batch."""
         if not trainer.sanity_checking:
-            self._log(trainer, batch, "val" if trainer.state.fn == TrainerFn.FITTING else "validate")
+            stage = "val" if trainer.state.fn == TrainerFn.FITTING else "validate"
+            self._log(trainer, batch, stage, tokenizer_of(pl_module))
 
     def on_test_batch_end(
         self,
@@ -149,9 +153,9 @@ class RolloutLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Log a test batch."""
-        self._log(trainer, batch, "test")
+        self._log(trainer, batch, "test", tokenizer_of(pl_module))
 
-    def _log(self, trainer: pl.Trainer, batch: Any, stage: str) -> RolloutBatch | None:
+    def _log(self, trainer: pl.Trainer, batch: Any, stage: str, tokenizer: Any) -> RolloutBatch | None:
         rollouts = self._warn.rollouts(batch)
         if rollouts is None:
             return None
@@ -167,5 +171,6 @@ class RolloutLogger(Callback):
             "epoch": trainer.current_epoch,
             "stage": stage,
         }
-        self._files[stage].write(key, part, [head | row for row in rows_of(rollouts, tokens=self.tokens)])
+        rows = rows_of(rollouts, tokens=self.tokens, tokenizer=tokenizer)
+        self._files[stage].write(key, part, [head | row for row in rows])
         return rollouts

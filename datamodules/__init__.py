@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.mix import DomainMix as DomainMix
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
     from lightning_onpolicy.datamodules.preferences import PairDataModule as PairDataModule
     from lightning_onpolicy.datamodules.preferences import PreferenceDataModule as PreferenceDataModule
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = attach(
         "PreferenceDataModule": "preferences",
         "Completion": "batch",
         "DatasetSource": "sources",
+        "DomainMix": "mix",
         "DynamicSampling": "dynamic",
         "EvaluationLoader": "loader",
         "FileSource": "sources",

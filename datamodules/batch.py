@@ -91,6 +91,12 @@ class Prompt:
     uid: str = ""
     source: str = ""
 
+    @property
+    def domain(self) -> str:
+        """What evaluations group tasks by: the row's ``domain``; the source, where the row does not say it."""
+        said = self.row.get("domain")
+        return self.source if said is None else str(said)
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -99,10 +105,13 @@ class Completion:
     Args:
         ids: ``[L]`` int64 token ids on the CPU, the real EOS included when the model emitted one.
         logprobs: ``[L]`` float32, log-probability of each token under the distribution actually sampled from
-            (temperature and filters included).
-        finish: ``"eos"`` (an EOS or stop token), ``"stop"`` (a stop string) or ``"length"`` (cut).
+            (temperature and filters included); 0 on observations.
+        finish: ``"eos"`` (an EOS or stop token), ``"stop"`` (a stop string) or ``"length"`` (cut: no token, turn or
+            context was left).
         version: Version of the policy weights that sampled it.
         text: Decoded response without special tokens; filled by the loader.
+        written: ``[L]`` bool, False on observations: tokens between the policy's turns that a tool wrote. None: the
+            policy wrote all.
     """
 
     ids: Tensor
@@ -110,6 +119,12 @@ class Completion:
     finish: FinishReason
     version: int = 0
     text: str = ""
+    written: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens the policy wrote."""
+        return len(self.ids) if self.written is None else int(self.written.sum())
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,8 @@ class RolloutBatch:
         texts: One decoded response per row.
         sampling: How the on-policy rows were drawn; None when unknown.
         timings: Seconds spent per phase while this batch was made, e.g. ``{"rollout": 1.2, "reward": 0.1}``.
-        counts: What was counted meanwhile on this rank, e.g. ``{"sampled": 24, "varying": 16}`` groups.
+        counts: What was counted meanwhile on this rank, e.g. ``{"sampled": 24, "varying": 16}`` groups; what is not
+            about groups has its own prefix, as in ``tools/observations``.
         extra: Named tensors that a method's ``prepare`` adds, first dimension B; sliced with the batch.
     """
 
@@ -186,6 +202,11 @@ class RolloutBatch:
     def response_lengths(self) -> Tensor:
         """``[B]`` int64: trained tokens per row."""
         return self.response_mask.sum(1)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """``[B]`` int64: tokens before the first trained one; all of a row that has none."""
+        return torch.where(self.response_mask.any(1), self.response_mask.int().argmax(1), self.lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
         """The batch with every tensor on ``device`` (Lightning calls this)."""
@@ -284,7 +305,7 @@ def collate(
         input_ids[b, :start] = torch.tensor(groups[g].prompt.ids, dtype=torch.long)
         input_ids[b, start:end] = c.ids
         attention_mask[b, :end] = True
-        response_mask[b, start:end] = True
+        response_mask[b, start:end] = True if c.written is None else c.written
         logprobs[b, start:end] = c.logprobs
     return RolloutBatch(
         input_ids=input_ids,

@@ -8,23 +8,36 @@ from typing import Any
 import torch
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
+from lightning_onpolicy.datamodules.tools.base import Observation
+from lightning_onpolicy.datamodules.tools.tokens import encode_observation
 
 
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:
-    """The prompt with the response(s) its row holds: a string, a list of strings, or ``response_ids``.
+    """The prompt with the response(s) its row holds.
 
-    ``response_ids`` are taken as they are; they count only where there is no text. Where the row has
-    ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and not finished.
+    A string or a list of them; a list of turns, ``{"role": "assistant" | "tool", "content": …}``; or
+    ``response_ids``, taken as they are. Ids count where there is no text, and where ``response_mask`` says which of
+    them the policy wrote, as ``predict`` does for responses with a tool's words in them: those are not trained on.
+    Where the row has ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and
+    not finished.
 
     Raises:
         ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
     """
     row = prompt.row
-    texts, ids = (row.get(key) for key in (response_key, "response_ids"))  # tables keep absent values as None
-    if texts is None and ids is not None:
+    # Tables keep absent values as None.
+    texts, ids, mask = (row.get(key) for key in (response_key, "response_ids", "response_mask"))
+    if ids is not None and (texts is None or mask is not None):
         if not len(ids):
             raise ValueError(f"row {prompt.uid!r}: 'response_ids' is empty.")
-        completions = [text_completion(tokenizer.decode(ids, skip_special_tokens=True), tokenizer, ids=ids)]
+        if mask is not None and len(mask) != len(ids):
+            raise ValueError(
+                f"row {prompt.uid!r}: 'response_mask' has {len(mask)} values for {len(ids)} 'response_ids'."
+            )
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        completions = [text_completion(text, tokenizer, ids=ids, written=mask)]
+    elif isinstance(texts, list | tuple) and texts and all(isinstance(t, Mapping) for t in texts):
+        completions = [turns_completion(texts, tokenizer, f"row {prompt.uid!r}: {response_key!r}")]
     else:
         if texts is None:
             known = sorted(key for key, value in row.items() if value is not None)
@@ -45,16 +58,20 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
             text_completion(t, tokenizer, cut=r == "length") for t, r in zip(texts, reasons, strict=True)
         ]
     for c in completions:
-        if max_response_tokens is not None and len(c.ids) > max_response_tokens:
+        if max_response_tokens is not None and c.tokens > max_response_tokens:
             raise ValueError(
-                f"row {prompt.uid!r}: a response has {len(c.ids)} tokens, max_response_tokens is "
+                f"row {prompt.uid!r}: a response has {c.tokens} tokens, max_response_tokens is "
                 f"{max_response_tokens}. Raise it or shorten the data; nothing is cut silently."
             )
     return Group(prompt, tuple(completions), on_policy=False)
 
 
 def text_completion(
-    text: str, tokenizer: Any, ids: Sequence[int] | None = None, cut: bool = False
+    text: str,
+    tokenizer: Any,
+    ids: Sequence[int] | None = None,
+    cut: bool = False,
+    written: Sequence[bool] | None = None,
 ) -> Completion:
     """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
 
@@ -63,16 +80,51 @@ def text_completion(
         tokenizer: Encodes it, unless ``ids`` are given.
         ids: Token ids to use as they are.
         cut: The text ends where a token limit ended it: no EOS belongs there.
+        written: Which of the ids are the response's own; the others are observations. None: all.
     """
     end = [] if cut else [tokenizer.eos_token_id]
     tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), *end]
-    return Completion(
-        torch.tensor(tokens, dtype=torch.long),
-        torch.full((len(tokens),), float("nan")),
-        "length" if cut else "eos",
-        -1,
-        text,
-    )
+    own = None if written is None or all(written) else torch.tensor(written, dtype=torch.bool)
+    logprobs = torch.full((len(tokens),), float("nan"))
+    if own is not None:
+        logprobs[~own] = 0.0
+    ids_L = torch.tensor(tokens, dtype=torch.long)
+    return Completion(ids_L, logprobs, "length" if cut else "eos", -1, text, own)
+
+
+def turns_completion(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> Completion:
+    """A completion nobody sampled, in turns: the assistant's, closed by EOS, and between them what a tool said.
+
+    Args:
+        turns: ``role``, ``content`` and, of tools, ``before`` and ``after`` (see ``tools.Observation``).
+        tokenizer: Encodes each turn by itself.
+        where: What to call it in errors.
+
+    Raises:
+        ValueError: If a turn has another role or no text, or the first or last is not the assistant's.
+    """
+    ids: list[int] = []
+    written: list[bool] = []
+    for number, turn in enumerate(turns):
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ("assistant", "tool") or not isinstance(content, str):
+            raise ValueError(
+                f"{where}, turn {number}: expected {{'role': 'assistant' or 'tool', 'content': text}}, got {turn!r:.80}."
+            )
+        own = role == "assistant"
+        heard = Observation(content, turn.get("before") or "", turn.get("after") or "")
+        new = (
+            tokenizer.encode(content, add_special_tokens=False)
+            if own
+            else encode_observation(tokenizer, heard)
+        )
+        ids += new
+        written += [own] * len(new)
+    if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the first and the last turn must be the assistant's.")
+    ids.append(tokenizer.eos_token_id)
+    written.append(True)
+    return text_completion(tokenizer.decode(ids, skip_special_tokens=True), tokenizer, ids, written=written)
 
 
 def group_of(row: Mapping[str, Any], *texts: str) -> Group:

@@ -10,7 +10,6 @@ Nothing here needs a Trainer::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,13 +22,8 @@ from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, Scor
 from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.composite import part_names
+from lightning_onpolicy.datamodules.seeds import derive_seed as derive_seed
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable: equal parts, equal seed, on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class RolloutLoader(AdjustableRollouts, StreamLoader):
@@ -146,6 +140,8 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
 class EvaluationLoader:
     """One pass over evaluation prompts, the same prompts and seeds each time, so that checkpoints compare pairwise.
 
+    Batches say in ``extra`` which rows are ``counted`` and with which ``seed`` they were sampled.
+
     Args:
         prompts: This rank's prompts, equally many on all ranks (repeats flagged by ``counted``).
         maker: Makes batches; its ``group_size`` is the k of avg@k.
@@ -184,4 +180,4 @@ class EvaluationLoader:
             seed = derive_seed("eval", self.seed, self.rank, i)
             batch = self.maker.stack(self.maker.rollouts(self.prompts[part], seed))
             counted: Tensor = torch.tensor(self.counted[part])[batch.group]
-            yield batch.with_extra(counted=counted)
+            yield batch.with_extra(counted=counted, seed=torch.full_like(batch.group, seed))

@@ -17,6 +17,8 @@ from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.datamodules.rewards.base import Reward, is_concurrent
 from lightning_onpolicy.datamodules.rewards.composite import part_names, score_all, weighted_sum
 from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
+from lightning_onpolicy.datamodules.tools.conversation import Conversation
+from lightning_onpolicy.datamodules.tools.tokens import observed_counts
 
 
 class RolloutMaker:
@@ -31,6 +33,7 @@ class RolloutMaker:
         shapers: Applied to the total, one after the other; the unshaped total is then the part ``task``.
         group_size: Completions per prompt.
         sampling: How tokens are drawn.
+        conversation: Samples responses in turns, between which an environment answers; None: in one turn.
         before: Called before each sampling, e.g. to hand the engine the newest weights.
         context: Entered around each sampling, e.g. the autocast context that training runs in.
         deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
@@ -51,6 +54,7 @@ class RolloutMaker:
         shapers: Sequence[Shaper] = (),
         group_size: int = 4,
         sampling: Sampling | None = None,
+        conversation: Conversation | None = None,
         before: Callable[[RolloutEngine], None] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         deadline_s: float | None = 1800.0,
@@ -72,6 +76,7 @@ class RolloutMaker:
         self.shapers = tuple(shapers)
         self.group_size = group_size
         self.sampling = sampling or Sampling()
+        self.conversation = conversation
         self.before, self.context, self.given = before, context, given
         self.phases = Phases(deadline_s)
 
@@ -82,8 +87,13 @@ class RolloutMaker:
         if self.before is not None:
             self.before(self.engine)
         with self.phases("rollout"), self.context():
-            drawn = self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
+            drawn = self._draw(prompts, seed)
         return [self._decoded(p, group) for p, group in zip(prompts, drawn, strict=True)]
+
+    def _draw(self, prompts: Sequence[Prompt], seed: int) -> list[list[Completion]]:
+        if self.conversation is None:
+            return self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
+        return self.conversation.sample(self.engine, prompts, self.group_size, self.sampling, seed)
 
     def _decoded(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
         texts = self.tokenizer.batch_decode([c.ids.tolist() for c in completions], skip_special_tokens=True)
@@ -96,10 +106,12 @@ class RolloutMaker:
         The phase ``reward`` is then what is left of scoring when sampling has ended.
         """
         early = {name: reward for name, reward in self.rewards.items() if is_concurrent(reward)}
-        if not prompts or not early or not isinstance(self.engine, StreamingEngine):
+        streams = isinstance(self.engine, StreamingEngine) and self.conversation is None
+        if not prompts or not early or not streams:
             return self.scored(self.sample(prompts, seed))
         if self.before is not None:
             self.before(self.engine)
+        engine: Any = self.engine
         groups: dict[int, Group] = {}
         with Overlap(lambda arrived: score_all(early, arrived)) as overlap:
 
@@ -108,7 +120,7 @@ class RolloutMaker:
                 overlap.put(number, groups[number])
 
             with self.phases("rollout"), self.context():
-                self.engine.stream([p.ids for p in prompts], self.group_size, self.sampling, seed, done)
+                engine.stream([p.ids for p in prompts], self.group_size, self.sampling, seed, done)
             with self.phases("reward"):
                 rows = overlap.finish()
         ordered = [groups[number] for number in range(len(prompts))]
@@ -160,6 +172,8 @@ class RolloutMaker:
         names = scored[0].parts if scored else ()
         parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
         task: Scores = [list(s.total) for s in scored]
+        if self.conversation is not None:
+            counts = {**(counts or {}), **observed_counts(groups)}
         shaped, numbers = self.shape(groups, task), list(range(len(groups)))
         if self.given is not None:
             beside = [self.given(g.prompt) for g in groups]

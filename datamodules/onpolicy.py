@@ -23,6 +23,8 @@ from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.shaping import Shaper
 from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
+from lightning_onpolicy.datamodules.tools.base import Environment
+from lightning_onpolicy.datamodules.tools.conversation import Conversation
 
 Loader = TypeVar("Loader", bound=StreamLoader)
 
@@ -75,6 +77,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         response_key: Key of the rows' responses, for ``off_policy: dataset`` and ``beside``.
         beside: Put the responses that the rows hold beside each group, as off-policy rows of the same group: what an
             adversarial method learns from.
+        environment: Answers the policy in the middle of its responses, e.g. with a tool; what it says is no part of
+            the loss. Null: responses of one turn.
         engine: From the policy to a rollout engine.
         seed: Of prompts' order and sampling.
         deadline_s: Seconds that sampling, or scoring, of one batch may take; null means no deadline.
@@ -108,6 +112,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         dynamic_sampling: DynamicSampling | None = None,
         response_key: str = "response",
         beside: bool = False,
+        environment: Environment | None = None,
         engine: Callable[[Any], RolloutEngine] = TransformersEngine,
         seed: int = 0,
         deadline_s: float | None = 1800.0,
@@ -136,7 +141,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
         self.on_policy_fraction, self.off_policy = on_policy_fraction, off_policy
         self.dynamic_sampling, self.response_key = dynamic_sampling, response_key
         self.beside = beside
-        self.engine_callable = engine
+        self.environment, self.engine_callable = environment, engine
         self.seed, self.deadline_s = seed, deadline_s
         self._makers: list[RolloutMaker] = []
         self._engine: RolloutEngine | None = None
@@ -170,9 +175,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """On-policy training batches."""
-        trainer = self.trainer
-        assert trainer is not None
-        rank, _ = shard_of(trainer)
+        rank, _ = shard_of(self.trainer)
         off_policy = None
         if self.on_policy_fraction < 1:
             off_policy = self._dataset_groups if self.off_policy == "dataset" else self._teacher_groups()
@@ -193,7 +196,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
                 off_policy=off_policy,
                 on_policy_fraction=self.on_policy_fraction,
                 dynamic_sampling=self.dynamic_sampling,
-                any_rank=lambda here: bool(trainer.strategy.reduce_boolean_decision(here, all=False)),
+                any_rank=self._any_rank,
             )
         )
 
@@ -262,6 +265,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             shapers=shapers,
             group_size=group_size,
             sampling=sampling,
+            conversation=self._conversation(self.model.policy),
             before=lambda engine: engine.sync(self.model.policy, self._version()),
             context=lambda: autocast_of(self.trainer),
             deadline_s=self.deadline_s,
@@ -269,6 +273,21 @@ class OnPolicyDataModule(pl.LightningDataModule):
         )
         self._makers.append(maker)
         return maker
+
+    def _conversation(self, policy: Any) -> Conversation | None:
+        if self.environment is None:
+            return None
+        return Conversation(
+            self.environment,
+            self.model.tokenizer,
+            max_positions=getattr(policy, "max_positions", None),
+            any_rank=self._any_rank,
+        )
+
+    def _any_rank(self, here: bool) -> bool:
+        """Whether it holds on any rank; a collective."""
+        assert self.trainer is not None
+        return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _version(self) -> int:
         """Version of the policy's weights; a module without one counts the Trainer's steps."""
@@ -329,6 +348,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
             self.model.tokenizer,
             group_size=self.group_size,
             sampling=self.sampling,
+            conversation=self._conversation(teacher),
             context=lambda: autocast_of(self.trainer),
             deadline_s=self.deadline_s,
         )

@@ -14,6 +14,7 @@ from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
+from lightning_onpolicy.datamodules.tools.base import Environment
 
 
 class SupervisedLoader(StreamLoader):
@@ -76,6 +77,7 @@ class SupervisedDataModule(OnPolicyDataModule):
         chat_options: More arguments for the chat template.
         max_prompt_tokens: Longest prompt, in tokens.
         overlong: What happens to longer ones: ``error`` or ``skip``.
+        environment: Answers the policy in the middle of evaluation responses, e.g. with a tool.
         engine: From the policy to a rollout engine.
         seed: Of the rows' order and of sampling.
         deadline_s: Seconds that sampling, or scoring, of one batch may take; null means no deadline.
@@ -102,6 +104,7 @@ class SupervisedDataModule(OnPolicyDataModule):
         chat_options: dict[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         overlong: Literal["error", "skip"] = "error",
+        environment: Environment | None = None,
         engine: Callable[[Any], RolloutEngine] = TransformersEngine,
         seed: int = 0,
         deadline_s: float | None = 1800.0,
@@ -125,6 +128,7 @@ class SupervisedDataModule(OnPolicyDataModule):
             chat_options=chat_options,
             max_prompt_tokens=max_prompt_tokens,
             overlong=overlong,
+            environment=environment,
             engine=engine,
             seed=seed,
             deadline_s=deadline_s,

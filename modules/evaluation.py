@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.tools.tokens import response_of
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
 from lightning_onpolicy.modules.keys import prompt_key
@@ -104,12 +105,16 @@ class RolloutEvaluation(pl.LightningModule):
         self._end("test")
 
     def predict_step(self, batch: RolloutBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One plain row per completion: prompt, response, ids, reward, finish."""
+        """One plain row per completion: prompt, response, ids, reward, finish.
+
+        Where a tool spoke, ``response_ids`` hold its tokens too and ``response_mask`` says which are the policy's.
+        """
         rows = []
         for i, (prompt, text) in enumerate(zip(batch.prompts, batch.texts, strict=True)):
             if "counted" in batch.extra and not bool(batch.extra["counted"][i]):
                 continue  # a repeat that pads this rank to the others' length
             reward = float(batch.rewards[i])
+            ids, written = response_of(batch, i)
             rows.append(
                 {
                     "uid": prompt.uid,
@@ -117,7 +122,8 @@ class RolloutEvaluation(pl.LightningModule):
                     "prompt": prompt.text,
                     "response": text,
                     "prompt_ids": list(prompt.ids),
-                    "response_ids": batch.input_ids[i][batch.response_mask[i]].tolist(),
+                    "response_ids": ids,
+                    **({} if all(written) else {"response_mask": written}),
                     "reward": None if reward != reward else reward,
                     "finished": bool(batch.finished[i]),
                 }

@@ -99,6 +99,8 @@ class GAD(GADGenerator):
         **settings: Any,
     ) -> None:
         super().__init__(student, discriminator, reward, recipe, **settings)
+        if self.critic_spec is not None:
+            raise ValueError("GAD compares the rows of a group: advantage.kind gae is for ProRLGRPO.")
         base = preset(recipe)
         self.pairs = pairs if isinstance(pairs, DiscriminatorSpec) else DiscriminatorSpec(**(pairs or {}))
         self.warmup = warmup if isinstance(warmup, Warmup) else Warmup(**(warmup or {}))

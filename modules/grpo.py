@@ -1,14 +1,14 @@
-"""Prolonged RL on verifiable rewards: GRPO and its family, with a reference that can be reset.
+"""Prolonged RL on verifiable rewards: GRPO and its family, or PPO, with a reference that can be reset.
 
 Papers: ProRL (2505.24864), GRPO (2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), BroRL (2510.01180), JustRL
 (2512.16649); sources of the parts are in ``losses/advantages.py``, ``policy_gradient.py``, ``kl.py``,
-``correction.py`` and ``entropy.py``, with every departure.
+``correction.py`` and ``entropy.py``, with every departure. The critic of ``advantage.kind`` gae is in ``critic.py``.
 
 | symbol | here |
 |---|---|
 | π, π_old, μ, ref | policy, the policy before any update on the rollout, sampler, reference |
 | log π, log π_old, log μ, log ref | ``logp_N``, ``logp_old_N``, ``logmu_N``, ``logp_ref_N`` |
-| A | ``extra["advantage"]``, ``[B]`` |
+| A | ``extra["advantage"]``, ``[B, T]`` |
 | r = π/π_old | ``ratio`` in the metrics; 1 throughout with one optimizer step per rollout batch |
 
 With one optimizer step per batch, π_old is π: nothing is computed twice, no clip acts, and the loss is about 0 although
@@ -21,20 +21,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import PolicyReduction, aggregate
+from lightning_onpolicy.modules.anchored import WithReference
+from lightning_onpolicy.modules.critic import CriticSpec, WithCritic
 from lightning_onpolicy.modules.losses.advantages import advantages, group_summary
 from lightning_onpolicy.modules.losses.entropy import EntropyControl, pick
-from lightning_onpolicy.modules.losses.kl import penalised_rewards
+from lightning_onpolicy.modules.losses.kl import penalised_rewards, token_rewards
 from lightning_onpolicy.modules.losses.objective import Objective, Tokens, objective
 from lightning_onpolicy.modules.losses.rows import gather, scatter, spread
 from lightning_onpolicy.modules.losses.settings import (
@@ -45,26 +47,26 @@ from lightning_onpolicy.modules.losses.settings import (
     SurrogateSpec,
 )
 from lightning_onpolicy.modules.metrics import CORRECT
-from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
+from lightning_onpolicy.modules.onpolicy import LoopSpec, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName, preset
-from lightning_onpolicy.modules.references import Reference, reference_of
 from lightning_onpolicy.modules.sampled import temperature_of
 from lightning_onpolicy.modules.specs import ModelSpec
 
 _CONTROL_KEY = "onpolicy_entropy_control"
-PER_TOKEN = ("logp_old", "logp_ref", "picked")  # [B, T], what ``prepare`` adds where it is needed
-Spec = TypeVar("Spec", AdvantageSpec, SurrogateSpec, KLSpec, CorrectionSpec, EntropySpec)
+# [B, T], what ``prepare`` adds where it is needed:
+PER_TOKEN = ("advantage", "logp_old", "logp_ref", "picked")
+Spec = TypeVar("Spec", AdvantageSpec, SurrogateSpec, KLSpec, CorrectionSpec, EntropySpec, CriticSpec)
 
 
-class ProRLGRPO(OnPolicyModule):
+class ProRLGRPO(WithReference, WithCritic):
     """Raise the reward of the policy's own rollouts.
 
     Args:
         student: The policy: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
         recipe: Name of the published recipe that fills in what is not given below (``modules/presets.py``).
-        advantage: What a response was worth.
+        advantage: What a response, or a token, was worth.
         surrogate: How far one batch may move the policy.
         kl: What ties the policy to its reference.
         correction: Weights where the sampler is not the trainer.
@@ -77,12 +79,13 @@ class ProRLGRPO(OnPolicyModule):
         optimizer: From parameters to an optimizer; default: AdamW with the recipe's learning rate.
         scheduler: From the optimizer to a schedule.
         loop: How a rollout batch becomes optimizer steps; default: the recipe's minibatches.
+        critic: Of ``advantage.kind`` gae, and only there: the model behind the values.
+        critic_optimizer: From the critic's parameters to its optimizer, the second; default: AdamW at 1e-5.
+        critic_scheduler: From the critic's optimizer to a schedule.
 
     Raises:
         ValueError: If a setting is out of range or has no effect.
     """
-
-    reference: Reference | None
 
     def __init__(
         self,
@@ -99,17 +102,26 @@ class ProRLGRPO(OnPolicyModule):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         loop: LoopSpec | None = None,
+        critic: CriticSpec | None = None,
+        critic_optimizer: OptimizerCallable | None = None,
+        critic_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         base = preset(recipe)
+        worth = _spec(AdvantageSpec, advantage, base.advantage)
+        learnt = worth.kind == "gae"
+        _check(learnt or critic is None, "critic", critic, f"left out with advantage.kind {worth.kind}")
         super().__init__(
             student,
             optimizer or functools.partial(adamw, lr=base.lr),
             scheduler,
             loop if loop is not None else LoopSpec(minibatches=base.minibatches),
+            _spec(CriticSpec, critic, CriticSpec()) if learnt else None,
+            critic_optimizer,
+            critic_scheduler,
+            kl=_spec(KLSpec, kl, base.kl),
         )
         self.recipe = recipe
-        self.advantage = _spec(AdvantageSpec, advantage, base.advantage)
-        self.kl = _spec(KLSpec, kl, base.kl)
+        self.advantage = worth
         self.entropy = _spec(EntropySpec, entropy, base.entropy)
         self.objective = Objective(
             _spec(SurrogateSpec, surrogate, base.surrogate),
@@ -122,6 +134,12 @@ class ProRLGRPO(OnPolicyModule):
         if reduction_length is None and self.reduction == "constant":
             reduction_length = base.reduction_length
         self.reduction_length = reduction_length
+        _check(
+            not (learnt and self.objective.surrogate.kind == "gmpo"),
+            "surrogate.kind",
+            "gmpo",
+            "another with advantage.kind gae: it spreads every token's advantage over its whole row",
+        )
         constant = self.reduction == "constant"
         _check(
             constant == (reduction_length is not None) and (reduction_length or 1) > 0,
@@ -131,7 +149,6 @@ class ProRLGRPO(OnPolicyModule):
         )
         _check(positive_nll >= 0, "positive_nll", positive_nll, ">= 0")
         self.entropy_control = EntropyControl(self.entropy)
-        self.reference = None
         self.save_hyperparameters(
             {
                 "student": self.student and dataclasses.asdict(self.student),
@@ -141,40 +158,11 @@ class ProRLGRPO(OnPolicyModule):
                 "reduction": self.reduction,
                 "reduction_length": reduction_length,
                 "loop": dataclasses.asdict(self.loop),
+                "critic": self.critic_spec and dataclasses.asdict(self.critic_spec),
             }
         )
 
-    # -- models -----------------------------------------------------------------------------------
-
-    def build(self) -> None:
-        """A reference over full weights; one over adapters waits until they are sharded."""
-        if self.kl.coef > 0 and not self.policy.has_adapters:
-            self.reference = reference_of(self.policy)
-
-    def configure_model(self) -> None:
-        """Load and shard the models; called once per process, and again harmlessly."""
-        super().configure_model()
-        if self.kl.coef > 0 and self.reference is None:
-            self.reference = reference_of(self.policy)
-
-    def sharded_models(self) -> Iterator[nn.Module]:
-        """Policy and, over full weights, reference."""
-        yield self.policy
-        if self.reference is not None:
-            yield self.reference
-
-    def reset_reference(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Make the reference what the policy is now; the KL to it is then 0. The policy does not change.
-
-        Args:
-            state: Other weights to take instead, named as the policy's trained tensors (a best checkpoint's).
-
-        Raises:
-            ValueError: If there is no reference.
-        """
-        if self.reference is None:
-            raise ValueError("there is no reference to reset: kl.coef is 0.")
-        self.reference.load_policy(self.policy, state)
+    # -- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also the entropy bonus' coefficient."""
@@ -199,19 +187,28 @@ class ProRLGRPO(OnPolicyModule):
                 extra["logp_old"] = self.per_token(batch, lambda m: self._stats(m, ("logp",)).logp)
         if self.reference is not None:
             extra["logp_ref"] = self.per_token(batch, self._reference_logp)
-        reward_B = torch.where(batch.on_policy, batch.rewards, float("nan"))
-        self._refuse_unscored(reward_B)
-        if self.kl.place == "reward":
-            old_N, ref_N = (gather(extra[name], mask_BT) for name in ("logp_old", "logp_ref"))
-            reward_B = penalised_rewards(reward_B, old_N, ref_N, mask_BT, self.kl.coef)
-        tokens_B = mask_BT[:, 1:].sum(1)
-        extra["advantage"] = advantages(self.advantage, reward_B, batch.group, tokens_B, self._reduce)
+        extra |= self._advantages(batch, extra)
         if self.entropy.covariance:
             own_N = spread(batch.on_policy, mask_BT)
-            old_N, advantage_N = gather(extra["logp_old"], mask_BT), spread(extra["advantage"], mask_BT)
+            old_N, advantage_N = (gather(extra[name], mask_BT) for name in ("logp_old", "advantage"))
             picked_N = pick(self.entropy, old_N, advantage_N, own_N, self._reduce)
             extra["picked"] = scatter(picked_N, mask_BT)
         return batch.with_extra(**extra)
+
+    def _advantages(self, batch: RolloutBatch, logp: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``[B, T]`` advantages, from the groups or from the critic; a KL in the reward is in them."""
+        mask_BT = batch.response_mask
+        reward_B = torch.where(batch.on_policy, batch.rewards, float("nan"))
+        self._refuse_unscored(reward_B)
+        old_N = ref_N = gather(torch.zeros_like(batch.sampler_logprobs), mask_BT)
+        if self.kl.place == "reward":
+            old_N, ref_N = (gather(logp[name], mask_BT) for name in ("logp_old", "logp_ref"))
+        penalty = (old_N, ref_N, mask_BT, self.kl.coef)
+        if self.critic is not None:
+            return self.criticise(batch, token_rewards(reward_B, *penalty), self.advantage)
+        reward_B, tokens_B = penalised_rewards(reward_B, *penalty), mask_BT[:, 1:].sum(1)
+        advantage_B = advantages(self.advantage, reward_B, batch.group, tokens_B, self._reduce)
+        return {"advantage": scatter(spread(advantage_B, mask_BT), mask_BT)}
 
     def _reduce(self, value: Tensor, op: str) -> Tensor:
         """Over ranks, wherever the value lies: collectives want the accelerator's memory."""
@@ -257,7 +254,7 @@ class ProRLGRPO(OnPolicyModule):
             mask_BT,
             stats.logp,
             stats.entropy,
-            advantage_N=spread(micro.extra["advantage"], mask_BT),
+            advantage_N=known["advantage"],
             logp_old_N=known.get("logp_old"),
             logp_ref_N=known.get("logp_ref"),
             logmu_N=gather(micro.sampler_logprobs, mask_BT),

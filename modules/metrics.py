@@ -189,9 +189,10 @@ class RolloutMetrics(_Rows):
     """All of an evaluation's numbers, straight from its batches.
 
     ``compute`` returns what :class:`AvgAtK`, :class:`PassAtK`, :class:`ResponseLength` and
-    :class:`TruncationRate` do, and ``accuracy/<source>`` per named source. Accuracy is the mean reward
-    itself; pass@k and the lengths' split call a row correct if its reward is at least ``correct_threshold``.
-    Off-policy rows are not counted.
+    :class:`TruncationRate` do, and ``accuracy/<source>`` per named source. If rows name their ``domain``, also
+    ``accuracy_domain/<domain>``, and ``accuracy_macro``, which counts every domain once. Accuracy is the mean
+    reward itself; pass@k and the lengths' split call a row correct if its reward is at least
+    ``correct_threshold``. Off-policy rows are not counted.
 
     Sources are names, which cannot be gathered as tensors; every row carries its source's stable hash
     instead, and each rank adds to the gathered states a table of the names it has seen, as UTF-8 bytes. After
@@ -212,7 +213,7 @@ class RolloutMetrics(_Rows):
         confidence: float = 0.95,
         **kwargs: Any,
     ) -> None:
-        super().__init__(("score", "key", "sample", "length", "finished", "source"), **kwargs)
+        super().__init__(("score", "key", "sample", "length", "finished", "source", "domain"), **kwargs)
         self.ks, self.correct_threshold, self.confidence = ks, correct_threshold, confidence
         self.add_state("names", [], dist_reduce_fx="cat")
 
@@ -235,8 +236,13 @@ class RolloutMetrics(_Rows):
             length=batch.response_lengths,
             finished=batch.finished.float(),
             source=torch.tensor([stable_hash(p.source) for p in batch.prompts]),
+            domain=torch.tensor([stable_hash(p.domain) for p in batch.prompts]),
         )
-        text = "".join(name + "\0" for name in sorted({p.source for p in batch.prompts}))
+        text = "".join(
+            kind + name + "\0"
+            for kind in ("source", "domain")
+            for name in sorted({getattr(p, kind) for p in batch.prompts})
+        )
         table = torch.tensor(
             list(text.encode("utf-8", "surrogatepass")), dtype=torch.uint8, device=self.device
         )
@@ -249,19 +255,34 @@ class RolloutMetrics(_Rows):
         out |= _passes(score, key, self.ks, self.correct_threshold, self.confidence)
         out |= _lengths(self._column("length"), score, self.correct_threshold)
         out |= _known({"truncated": _mean(1.0 - self._column("finished"))})
-        source = self._column("source")
-        for name in self._sources():
-            rows = source == stable_hash(name)
-            x = average_at_k(score[rows], key[rows], sample[rows], self.confidence).by_prompt
-            out |= _known({f"accuracy/{name}": x.mean})
+        by_source = self._by_name("source")
+        out |= _known({f"accuracy/{name}": mean for name, mean in by_source.items()})
+        by_domain = self._by_name("domain")
+        if by_domain.keys() != by_source.keys():
+            macro = sum(by_domain.values()) / max(
+                len(by_domain), 1
+            )  # NaN, and left out, if a domain has no score
+            out |= _known({f"accuracy_domain/{name}": mean for name, mean in by_domain.items()})
+            out |= _known({"accuracy_macro": macro})
         return out
 
-    def _sources(self) -> list[str]:
+    def _by_name(self, kind: str) -> dict[str, float]:
+        """The mean score of each named source or domain."""
+        score, key, sample = self._column("score"), self._column("key"), self._column("sample")
+        numbers = self._column(kind)
+        out = {}
+        for name in self._names(kind):
+            rows = numbers == stable_hash(name)
+            out[name] = average_at_k(score[rows], key[rows], sample[rows], self.confidence).by_prompt.mean
+        return out
+
+    def _names(self, kind: str) -> list[str]:
         names: Any = self.names
         if isinstance(names, list) and not names:
             return []
         text = bytes(dim_zero_cat(names).cpu().tolist()).decode("utf-8", "surrogatepass")
-        return sorted({name for name in text.split("\0") if name})
+        found = {name.removeprefix(kind) for name in text.split("\0") if name.startswith(kind)}
+        return sorted(found - {""})
 
 
 def _accuracy(score: Tensor, key: Tensor, sample: Tensor, confidence: float) -> dict[str, float]:

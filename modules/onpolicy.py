@@ -154,18 +154,25 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 f"{type(self).__name__} trains on RolloutBatch, got {type(batch).__name__}: "
                 "use OnPolicyDataModule or collate()."
             )
-        tally = Tally(self.device)
         with self.phases("prepare"), torch.no_grad():
             batch = self.prepare(batch)
         rollouts = self.rollout_metrics(batch)
         with self.phases("update"):
-            self.optimise(
-                batch, self.loss, self.optimizers(), tally, self.loop, whole_groups=self.whole_groups
-            )
-            metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
+            metrics = self.update(batch)
         metrics = {**metrics, **rollouts}
         reported = self.report("train", metrics, batch)
         return {"seconds": self.phases.take(), "metrics": reported, "batch": batch}
+
+    def update(self, batch: RolloutBatch) -> dict[str, float]:
+        """Optimizer steps on a prepared batch; a method with a second player overrides it.
+
+        Returns:
+            Their metrics over all ranks.
+        """
+        tally = Tally(self.device)
+        optimizer = self.optimizers()
+        self.optimise(batch, self.loss, optimizer, tally, self.loop, whole_groups=self.whole_groups)
+        return tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
 
     # -- metrics ----------------------------------------------------------------------------------
 
@@ -198,7 +205,10 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
                 "truncated": (~batch.finished[own]).double(),
                 "policy_lag": (self.policy_version - batch.policy_version[own]).double(),
                 **{f"reward/{k}": v[own & ~v.isnan()] for k, v in batch.reward_parts.items()},
-                **{f"groups/{k}": torch.tensor(v, device=self.device) for k, v in batch.counts.items()},
+                **{
+                    k if "/" in k else f"groups/{k}": torch.tensor(v, device=self.device)
+                    for k, v in batch.counts.items()
+                },
             }
         )
         metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))

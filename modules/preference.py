@@ -10,23 +10,22 @@ Legend: ``N`` trained tokens, ``B`` rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.judged import PREFERRED
+from lightning_onpolicy.modules.anchored import WithReference
 from lightning_onpolicy.modules.losses.adversarial import bradley_terry, pair_rows
 from lightning_onpolicy.modules.losses.rows import gather, row_sum
-from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
+from lightning_onpolicy.modules.losses.settings import KLSpec
+from lightning_onpolicy.modules.onpolicy import LoopSpec, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput
 from lightning_onpolicy.modules.policy import Policy
-from lightning_onpolicy.modules.references import Reference, reference_of
 from lightning_onpolicy.modules.specs import ModelSpec
 
 
-class PreferenceTune(OnPolicyModule):
+class PreferenceTune(WithReference):
     """Make preferred answers likelier than others, relative to a reference.
 
     Args:
@@ -42,7 +41,6 @@ class PreferenceTune(OnPolicyModule):
     """
 
     whole_groups = True
-    reference: Reference | None
 
     def __init__(
         self,
@@ -53,10 +51,10 @@ class PreferenceTune(OnPolicyModule):
         scheduler: LRSchedulerCallable | None = None,
         loop: LoopSpec | None = None,
     ) -> None:
-        super().__init__(student, optimizer, scheduler, loop)
         if beta <= 0 or not 0 <= smoothing < 0.5:
             raise ValueError(f"beta must be > 0 and smoothing in [0, 0.5), got {beta} and {smoothing}.")
-        self.beta, self.smoothing, self.reference = beta, smoothing, None
+        super().__init__(student, optimizer, scheduler, loop, kl=KLSpec(beta))
+        self.beta, self.smoothing = beta, smoothing
         self.save_hyperparameters(
             {
                 "student": self.student and dataclasses.asdict(self.student),
@@ -65,23 +63,6 @@ class PreferenceTune(OnPolicyModule):
                 "loop": dataclasses.asdict(self.loop),
             }
         )
-
-    def build(self) -> None:
-        """A reference over full weights; one over adapters waits until they are sharded."""
-        if not self.policy.has_adapters:
-            self.reference = reference_of(self.policy)
-
-    def configure_model(self) -> None:
-        """Load and shard the models; called once per process, and again harmlessly."""
-        super().configure_model()
-        if self.reference is None:
-            self.reference = reference_of(self.policy)
-
-    def sharded_models(self) -> Iterator[nn.Module]:
-        """Policy and, over full weights, reference."""
-        yield self.policy
-        if self.reference is not None:
-            yield self.reference
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
         """The reference's log-probabilities.

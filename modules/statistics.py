@@ -10,7 +10,7 @@ and Student's t is taken over prompts. Everything is computed on the CPU in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -106,6 +106,34 @@ def t_interval(values: Tensor, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def bounded_interval(values: Tensor, confidence: float = 0.95) -> Interval:
+    """The t-interval of values that lie in [0, 1], cut to [0, 1].
+
+    Values without variance are not certain for that. Where all are 0, or all are 1, the bound is the exact one for a
+    share of which n draws showed nothing (Clopper and Pearson, Biometrika 26, 1934), which holds for any distribution
+    on [0, 1]; where all are the same and neither, there are no ends.
+
+    Args:
+        values: ``[n]`` independent values in [0, 1].
+        confidence: Coverage, in (0, 1).
+
+    Example:
+        >>> round(bounded_interval(torch.zeros(24)).high, 4)
+        0.1425
+    """
+    x = t_interval(values, confidence)
+    if x.n > 1 and bool((values == values[0]).all()):
+        unseen = 1.0 - ((1.0 - confidence) / 2) ** (1.0 / x.n)
+        ends = {0.0: (0.0, unseen), 1.0: (1.0 - unseen, 1.0)}.get(float(values[0]), (math.nan, math.nan))
+        return Interval(float(values[0]), *ends, x.n)
+    return cut(x)
+
+
+def cut(x: Interval) -> Interval:
+    """The interval without what lies outside [0, 1]."""
+    return x if math.isnan(x.low) else Interval(x.mean, max(x.low, 0.0), min(x.high, 1.0), x.n)
+
+
 def grouped(values: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums by key.
 
@@ -128,7 +156,9 @@ class AvgAtKResult:
 
     Args:
         by_prompt: Interval over prompts: how far another set of prompts would move the mean.
-        by_seed: Interval over the k seeds (sample j of every prompt is seed j): how far sampling again would.
+        by_seed: Interval over the k seeds (sample j of every prompt is seed j): how far sampling again would. Samples
+            of a prompt are independent, so these are k independent evaluations. Both are cut to [0, 1] if all
+            scores lie there.
         seed_std: Standard deviation over the k seeds; NaN with one.
         unscored: Share of rows without a score.
     """
@@ -153,9 +183,11 @@ def average_at_k(scores: Tensor, key: Tensor, sample: Tensor, confidence: float 
     prompt_sums, prompt_counts, _ = grouped(scores[scored], key[scored])
     seed_sums, seed_counts, _ = grouped(scores[scored], sample[scored])
     seeds = seed_sums / seed_counts
+    within = not bool(((scores[scored] < 0) | (scores[scored] > 1)).any())
+    by_prompt, by_seed = prompt_sums / prompt_counts, t_interval(seeds, confidence)
     return AvgAtKResult(
-        t_interval(prompt_sums / prompt_counts, confidence),
-        t_interval(seeds, confidence),
+        (bounded_interval if within else t_interval)(by_prompt, confidence),
+        cut(by_seed) if within else by_seed,
         float(seeds.std()) if len(seeds) > 1 else math.nan,
         1.0 - float(scored.double().mean()) if len(scores) else math.nan,
     )
@@ -190,7 +222,8 @@ def unbiased_pass_at_k(n: Tensor, c: Tensor, k: int) -> Tensor:
         - torch.lgamma(n + 1)
         + torch.lgamma(n - k + 1)
     )
-    return torch.where(wrong < k, torch.ones_like(n), 1 - log_miss.exp())
+    some = torch.where(wrong < k, torch.ones_like(n), 1 - log_miss.exp())
+    return torch.where(c > 0, some, torch.zeros_like(n))  # exactly 0: logarithms leave rounding
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:
@@ -223,13 +256,8 @@ def pass_at_k(
     for k in powers_of_two(most) if ks is None else ks:
         enough = counts >= k
         if bool(enough.any()):
-            x = t_interval(unbiased_pass_at_k(counts[enough], correct[enough], k), confidence)
-            found[k] = Interval(x.mean, _clip(x.low), _clip(x.high), x.n)
+            found[k] = bounded_interval(unbiased_pass_at_k(counts[enough], correct[enough], k), confidence)
     return found
-
-
-def _clip(x: float) -> float:
-    return x if math.isnan(x) else min(max(x, 0.0), 1.0)
 
 
 def weighted_mean(totals: Tensor, weights: Tensor, key: Tensor, confidence: float = 0.95) -> Interval:
@@ -257,41 +285,3 @@ def weighted_mean(totals: Tensor, weights: Tensor, key: Tensor, confidence: floa
     variance = float(((sums - mean * sizes) ** 2).sum()) * n / (n - 1) / weight**2
     half = t_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(variance)
     return Interval(mean, mean - half, mean + half, n)
-
-
-def paired_difference(
-    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], confidence: float = 0.95
-) -> Interval:
-    """Mean of ``a - b`` over the prompts both were evaluated on, with its interval.
-
-    Pairing by prompt removes what the prompts' difficulty adds to the variance, so two checkpoints compare
-    far more sharply than their separate intervals suggest.
-
-    Args:
-        a: Scores by prompt uid; NaN = not scored.
-        b: The other's, with the same uids.
-        confidence: Coverage.
-
-    Returns:
-        The interval; its ``n`` is the number of prompts with a score on both sides.
-
-    Raises:
-        ValueError: If the uids differ: the two were not evaluated on the same prompts.
-
-    Example:
-        >>> paired_difference({"p": [1.0, 0.0], "q": [1.0, 1.0]}, {"p": [0.0, 0.0], "q": [0.0, 1.0]}).mean
-        0.5
-    """
-    if a.keys() != b.keys():
-        odd = sorted(a.keys() ^ b.keys())
-        raise ValueError(
-            f"the two sets have different prompts: {len(odd)} are in one only, such as {odd[:3]}."
-        )
-    pairs = [(_mean_known(a[uid]), _mean_known(b[uid])) for uid in sorted(a)]
-    differences = [x - y for x, y in pairs if not (math.isnan(x) or math.isnan(y))]
-    return t_interval(torch.tensor(differences, dtype=torch.float64), confidence)
-
-
-def _mean_known(values: Sequence[float]) -> float:
-    known = [float(v) for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan

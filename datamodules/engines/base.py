@@ -52,7 +52,13 @@ class RolloutEngine(Protocol):
     """Samples completions. Implementations: ``TransformersEngine`` in process, servers over the wire."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        budgets: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Draw ``n`` completions for each prompt.
 
@@ -61,6 +67,9 @@ class RolloutEngine(Protocol):
             n: Completions per prompt.
             sampling: How tokens are drawn.
             seed: Equal seeds, weights and prompts give equal completions; global RNG state is not touched.
+            budgets: Most tokens of each prompt's completions; None: ``sampling.max_new_tokens``. Given, like
+                ``numbers``, only for the later turns of a conversation.
+            numbers: What each prompt's randomness depends on besides the seed; None: its index.
 
         Returns:
             One list of ``n`` completions per prompt, in the order given.

@@ -45,6 +45,8 @@ class Rollout:
         n: Completions per prompt.
         sampling: How tokens are drawn.
         seed: Seed of all draws.
+        budgets: Most tokens of each prompt's completions.
+        numbers: What each prompt's draws depend on besides the seed.
         limits: What bounds memory.
         pace: Is asked before every forward pass.
         device: Where the policy lives.
@@ -59,6 +61,8 @@ class Rollout:
         n: int,
         sampling: Sampling,
         seed: int,
+        budgets: Sequence[int],
+        numbers: Sequence[int],
         limits: Limits,
         pace: Pace,
         device: torch.device,
@@ -69,6 +73,8 @@ class Rollout:
         self.limits, self.pace, self.device, self.text = limits, pace, device, text
         self.done = done
         self.lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.long)
+        self.budgets = torch.tensor(budgets, dtype=torch.long)
+        self.numbers = torch.tensor(numbers, dtype=torch.long)
         self.stop_ids = torch.tensor(
             sorted({*policy.eos_token_ids, *sampling.stop_token_ids}), dtype=torch.long
         )
@@ -166,7 +172,8 @@ class Rollout:
         assert cache is not None
         # One transfer: token, position and number of attended columns of each row. A row that is finished but
         # not dropped yet stays at its last position, which the model has.
-        last = self.lengths[rows.sample // self.n] + self.sampling.max_new_tokens - 2
+        prompt_B = rows.sample // self.n
+        last = self.lengths[prompt_B] + self.budgets[prompt_B] - 2
         inputs_3B = torch.stack([rows.token, rows.cached.minimum(last), rows.cached + 1]).to(self.device)
         columns = cache.columns + 1
         mask_BC = torch.arange(columns, device=self.device) >= columns - inputs_3B[2][:, None]
@@ -194,7 +201,8 @@ class Rollout:
     def _draw(self, logits_BV: Tensor, rows: Rows) -> Rows:
         """Draw a token for each row, record those of running rows and note which rows finish."""
         s = self.sampling
-        u_B = uniforms(self.seed, rows.sample // self.n, rows.sample % self.n, rows.generated)
+        prompt_B = rows.sample // self.n
+        u_B = uniforms(self.seed, self.numbers[prompt_B], rows.sample % self.n, rows.generated)
         x_BV = distribution(logits_BV, s, self.stop_ids.to(self.device), rows.generated.to(self.device))
         drawn = draw(x_BV, u_B.to(self.device), greedy=s.temperature == 0)
         token_B, logp_B = torch.stack([x.double() for x in drawn]).cpu()  # ids are exact in float64
@@ -203,7 +211,7 @@ class Rollout:
         bad_B = running_B & ~logp_B.isfinite()
         if bad_B.any():
             row = int(bad_B.nonzero()[0])
-            prompt, position = int(rows.sample[row]) // self.n, int(rows.generated[row])
+            prompt, position = int(prompt_B[row]), int(rows.generated[row])
             raise FloatingPointError(
                 f"rollout: rank {self.pace.rank}, prompt {prompt}: the policy's logits for response token "
                 f"{position} hold NaN or +inf, or leave no token to draw. Look for diverged weights (lower the "
@@ -214,7 +222,7 @@ class Rollout:
         ends = (
             torch.isin(token_B, self.stop_ids),
             self._has_stop(tail),
-            generated_B >= s.max_new_tokens,
+            generated_B >= self.budgets[prompt_B],
         )
         code_B = torch.full_like(token_B, _RUNNING)
         for code in reversed(range(len(ends))):  # the first reason that holds is written last

@@ -91,7 +91,13 @@ class TransformersEngine(StreamingEngine):
         self.version = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        budgets: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Draw ``n`` completions for each prompt.
 
@@ -101,17 +107,19 @@ class TransformersEngine(StreamingEngine):
             sampling: How tokens are drawn.
             seed: Equal seeds, weights and prompts give equal completions; global random state is not touched.
                 Ranks that hold different prompts should use different seeds.
+            budgets: Most tokens of each prompt's completions; None: ``sampling.max_new_tokens``.
+            numbers: What each prompt's randomness depends on besides the seed; None: its index.
 
         Returns:
             One list of ``n`` completions per prompt, in the order given.
 
         Raises:
-            ValueError: If a prompt is empty or too long for the model, ``n`` is not positive, stop strings
-                come without a tokenizer, or one row exceeds ``max_cache_tokens``.
+            ValueError: If a prompt is empty or too long for the model, ``n`` or a budget is not positive, stop
+                strings come without a tokenizer, or one row exceeds ``max_cache_tokens``.
             TimeoutError: If ``deadline_s`` passes.
             FloatingPointError: If the policy's logits are not finite.
         """
-        return self._generate(prompts, n, sampling, seed, None)
+        return self._generate(prompts, n, sampling, seed, budgets, numbers, None)
 
     def stream(
         self,
@@ -122,7 +130,7 @@ class TransformersEngine(StreamingEngine):
         done: Callable[[int, list[Completion]], None],
     ) -> None:
         """As :meth:`generate`; ``done`` gets each prompt's completions soon after all are there."""
-        self._generate(prompts, n, sampling, seed, done)
+        self._generate(prompts, n, sampling, seed, None, None, done)
 
     def _generate(
         self,
@@ -130,6 +138,8 @@ class TransformersEngine(StreamingEngine):
         n: int,
         sampling: Sampling,
         seed: int,
+        budgets: Sequence[int] | None,
+        numbers: Sequence[int] | None,
         done: Callable[[int, list[Completion]], None] | None,
     ) -> list[list[Completion]]:
         policy = self.policy
@@ -137,13 +147,28 @@ class TransformersEngine(StreamingEngine):
         device = next(policy.parameters()).device
         shared = has_peers() and (is_sharded(policy) if self.lockstep == "auto" else self.lockstep)
         pace = Pace(self.deadline_s, shared, device)
+        budgets = [sampling.max_new_tokens] * len(prompts) if budgets is None else budgets
+        numbers = range(len(prompts)) if numbers is None else numbers
         try:
-            limits = self._limits(prompts, n, sampling)
+            limits = self._limits(prompts, n, sampling, budgets, numbers)
         except ValueError:
             pace.refuse()
             raise
         with eval_mode(policy), torch.no_grad():
-            rollout = Rollout(policy, prompts, n, sampling, seed, limits, pace, device, self.tokenizer, done)
+            rollout = Rollout(
+                policy,
+                prompts,
+                n,
+                sampling,
+                seed,
+                budgets,
+                numbers,
+                limits,
+                pace,
+                device,
+                self.tokenizer,
+                done,
+            )
             completions = rollout.run(self.version)
             while shared and pace.tick(working=False, unfinished=0):
                 rollout.dummy_step()
@@ -169,10 +194,21 @@ class TransformersEngine(StreamingEngine):
     def close(self) -> None:
         """Nothing is held between calls, so there is nothing to free."""
 
-    def _limits(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Limits:
+    def _limits(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        budgets: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Limits:
         """Check the request; what fits into memory."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}: the number of completions per prompt.")
+        if not len(budgets) == len(numbers) == len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts came with {len(budgets)} budgets and {len(numbers)} numbers."
+            )
         if sampling.stop and self.tokenizer is None:
             raise ValueError(
                 "sampling.stop needs text: give the engine a tokenizer, or use sampling.stop_token_ids."
@@ -182,11 +218,13 @@ class TransformersEngine(StreamingEngine):
         for i, ids in enumerate(prompts):
             if not len(ids):
                 raise ValueError(f"prompt {i} is empty: every prompt needs at least one token.")
-            longest = max(longest, len(ids) + sampling.max_new_tokens)
-            if room is not None and len(ids) + sampling.max_new_tokens > room:
+            if budgets[i] < 1:
+                raise ValueError(f"prompt {i} has a budget of {budgets[i]} tokens; it must be at least 1.")
+            longest = max(longest, len(ids) + budgets[i])
+            if room is not None and len(ids) + budgets[i] > room:
                 raise ValueError(
                     f"prompt {i} has {len(ids)} tokens; with sampling.max_new_tokens="
-                    f"{sampling.max_new_tokens} that exceeds the model's {room} positions. Lower "
+                    f"{budgets[i]} that exceeds the model's {room} positions. Lower "
                     "sampling.max_new_tokens or drop the prompt."
                 )
         rows = min(self.max_rows, max(1, len(prompts) * n))

@@ -1,6 +1,6 @@
 """Length shapers: rewards that depend on how many tokens an answer took.
 
-Legend: ``T`` tokens of a response, its EOS included; ``R`` the reward so far; ``right``: the *task* reward, before any
+Legend: ``T`` tokens the policy wrote of a response, its EOS included; ``R`` the reward so far; ``right``: the *task* reward, before any
 shaping, is at least ``right_at``; ``n*`` the target length in the prompt's row, where ``TargetLengthSource`` writes it.
 
 Departures: :class:`StopProperly` and :class:`L1Max` never raise a reward, where a factor below 1 would raise a negative
@@ -50,7 +50,7 @@ class Overlong(CompletionShaper):
 
     def one(self, prompt: Prompt, completion: Completion, reward: float, task: float) -> float:
         """R plus the penalty."""
-        return reward + self.penalty(len(completion.ids))
+        return reward + self.penalty(completion.tokens)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Cosine(CompletionShaper):
         if self.exceeded is not None and completion.finish == "length":
             value = self.exceeded
         else:
-            value = self.value(len(completion.ids), is_right(task, self.right_at))
+            value = self.value(completion.tokens, is_right(task, self.right_at))
         return value if self.weight is None else reward + self.weight * value
 
 
@@ -166,7 +166,7 @@ class KimiLength(Shaper):
         out: Scores = []
         for group, row, raw in zip(groups, rewards, task, strict=True):
             known = [
-                (i, r, len(c.ids), is_right(t, self.right_at))
+                (i, r, c.tokens, is_right(t, self.right_at))
                 for i, (c, r, t) in enumerate(zip(group.completions, row, raw, strict=True))
                 if r is not None and t is not None
             ]
@@ -203,7 +203,7 @@ class L1Exact(CompletionShaper):
 
     def one(self, prompt: Prompt, completion: Completion, reward: float, task: float) -> float:
         """R plus the penalty."""
-        return reward + self.penalty(len(completion.ids), _target(prompt, self.target_key))
+        return reward + self.penalty(completion.tokens, _target(prompt, self.target_key))
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class L1Max(CompletionShaper):
 
     def one(self, prompt: Prompt, completion: Completion, reward: float, task: float) -> float:
         """R times the share."""
-        share = self.share(len(completion.ids), _target(prompt, self.target_key))
+        share = self.share(completion.tokens, _target(prompt, self.target_key))
         return min(reward, reward * share)
 
 

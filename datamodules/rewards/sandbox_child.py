@@ -1,8 +1,9 @@
 """What runs inside a sandbox: a small server that forks one process per test and sends its output home.
 
-Started as ``python -I -S -c <this file> <fd>`` by :mod:`~lightning_onpolicy.datamodules.rewards.sandbox_process`,
-behind whatever wall the tier has. It runs as the same user as the program it tests, so nothing it says is
-believed: the other side holds the deadlines and bounds what it reads. It never learns an expected output.
+Started as ``python -I -S -c <loader> <fd> <this file, compiled>`` by
+:mod:`~lightning_onpolicy.datamodules.rewards.sandbox_process`, behind whatever wall the tier has. It runs as the same
+user as the program it tests, so nothing it says is believed: the other side holds the deadlines and bounds what it
+reads. It never learns an expected output.
 
 The wire, over one socket: both sides send frames, a 4-byte big-endian length and that many bytes. In:
 ``marshal`` of the :class:`dict` of settings, then one tuple per test, ``("run", stdin)`` or ``("call", function,
@@ -14,6 +15,7 @@ killed by that signal; ``TOO_MUCH``: wrote more than it may) and what it wrote.
 from __future__ import annotations
 
 import fcntl
+import gc
 import marshal
 import os
 import resource
@@ -43,6 +45,7 @@ def main(wire: int) -> None:
     if settings["sweeps"]:
         adopt_orphans()
         settings["limits"]["NPROC"] += _tasks_of(os.getuid())  # the limit counts all processes of the user
+    gc.freeze()  # a test's last garbage collection would copy every page that holds an object of ours
     _send(wire, b"")
     while (frame := _frame(wire)) is not None:
         test: Any = marshal.loads(frame)

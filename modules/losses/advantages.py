@@ -154,7 +154,12 @@ def advantages(
         group_B: ``[B]`` group numbers.
         tokens_B: ``[B]`` trained tokens per row.
         reduce: Sums over ranks.
+
+    Raises:
+        ValueError: For ``gae``, which needs values: :func:`~lightning_onpolicy.modules.losses.critic.gae`.
     """
+    if spec.kind == "gae":
+        raise ValueError("advantage.kind gae has an advantage per token, from values: losses.critic.gae.")
     if spec.kind == "group_zscore":
         return group_zscore(reward_B, group_B, std=spec.std, eps=spec.eps)
     if spec.kind == "mean_centred":

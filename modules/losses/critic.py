@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_onpolicy.modules.losses.advantages import Reduce, alone
+
 
 def gae(
     reward_BT: Tensor,
@@ -48,6 +50,25 @@ def gae(
         following_B = torch.where(inside_B, value_BT[:, t], following_B)
         advantage_BT[:, t] = torch.where(inside_B & ~unscored_B, running_B, 0.0)
     return advantage_BT, advantage_BT + value_BT
+
+
+def whiten(advantage_BT: Tensor, mask_BT: Tensor, eps: float = 1e-6, reduce: Reduce = alone) -> Tensor:
+    """``[B, T]`` (A − mean A) / (std A + eps) over the mask and all ranks, population moments; 0 outside.
+
+    Args:
+        advantage_BT: ``[B, T]``.
+        mask_BT: ``[B, T]`` bool: trained tokens of scored rows.
+        eps: Added to the standard deviation.
+        reduce: Sums over ranks. It is called twice on every rank.
+    """
+    known_N = advantage_BT[mask_BT].detach().double()
+    total, moment = reduce(
+        torch.stack([known_N.new_tensor(float(len(known_N))), known_N.sum()]), "sum"
+    ).unbind()
+    mean = moment / total.clamp(min=1)
+    square = reduce(((known_N - mean) ** 2).sum()[None], "sum")[0]
+    white_BT = (advantage_BT.double() - mean) / ((square / total.clamp(min=1)).sqrt() + eps)
+    return torch.where(mask_BT, white_BT, 0.0).to(advantage_BT)
 
 
 def value_loss(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-AdvantageKind = Literal["group_zscore", "mean_centred", "leave_one_out", "reinforce_pp_baseline"]
+AdvantageKind = Literal["group_zscore", "mean_centred", "leave_one_out", "reinforce_pp_baseline", "gae"]
 SurrogateKind = Literal["clip", "gspo", "gmpo", "cispo", "sapo", "reinforce"]
 KLGradient = Literal["reverse", "forward"]
 CorrectionKind = Literal["none", "tis", "icepop", "sequence_mask", "sequence_mask_tis"]
@@ -36,30 +36,43 @@ WEIGHTS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class AdvantageSpec:
-    """What a response was worth, from its group's rewards.
+    """What a response, or a token, was worth: from its group's rewards, or by a critic.
 
     Args:
-        kind: ``group_zscore`` (GRPO), ``mean_centred`` (Dr. GRPO), ``leave_one_out`` (RLOO) or
-            ``reinforce_pp_baseline`` (mean-centred, then whitened over the whole batch and all ranks).
+        kind: ``group_zscore`` (GRPO), ``mean_centred`` (Dr. GRPO), ``leave_one_out`` (RLOO),
+            ``reinforce_pp_baseline`` (mean-centred, then whitened over the whole batch and all ranks) or ``gae`` (PPO:
+            a critic's values instead of the group, and an advantage per token).
         std: Of ``group_zscore``: ``bessel`` (÷ G − 1: TRL, verl and OpenRLHF) or ``population`` (÷ G).
-        whiten: Of ``reinforce_pp_baseline``: moments over ``sequence`` (each response once: ProRL v2's formula) or
-            ``token`` (each response by its length: verl and NeMo-RL).
+        whiten: Of ``reinforce_pp_baseline``: moments over ``sequence`` (each response once: ProRL v2's formula; null
+            means it) or ``token`` (each response by its length: verl and NeMo-RL). Of ``gae``: ``token`` whitens over
+            all trained tokens and ranks (PPO's habit), null does not.
         eps: Added to the standard deviation.
+        gamma: Of ``gae``: discount per token.
+        lam: Of ``gae``: λ; less than 1 trusts the critic for what comes after a token. With γ = λ = 1, the defaults and
+            Open-Reasoner-Zero's setting (2503.24290), A = reward to go − V: no bias, whatever the critic.
     """
 
     kind: AdvantageKind = "group_zscore"
     std: Std = "bessel"
-    whiten: Literal["sequence", "token"] = "sequence"
+    whiten: Literal["sequence", "token"] | None = None
     eps: float = 1e-6
+    gamma: float = 1.0
+    lam: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("advantage.kind", self.kind, AdvantageKind)
         _one_of("advantage.std", self.std, Std)
-        _require(self.whiten in ("sequence", "token"), "advantage.whiten", self.whiten, "sequence or token")
+        whitens = (None, "token") if self.kind == "gae" else (None, "sequence", "token")
+        _require(self.whiten in whitens, "advantage.whiten", self.whiten, f"one of {whitens}")
         _require(self.eps >= 0, "advantage.eps", self.eps, ">= 0")
         _unused(self.std != "bessel", "advantage.std", self.kind, "group_zscore")
-        _unused(self.whiten != "sequence", "advantage.whiten", self.kind, "reinforce_pp_baseline")
-        _unused(self.eps != 1e-6, "advantage.eps", self.kind, "group_zscore", "reinforce_pp_baseline")
+        _unused(self.whiten is not None, "advantage.whiten", self.kind, "reinforce_pp_baseline", "gae")
+        with_eps = ("group_zscore", "reinforce_pp_baseline", *(["gae"] if self.whiten else []))
+        _unused(self.eps != 1e-6, "advantage.eps", self.kind, *with_eps)
+        for key in ("gamma", "lam"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"advantage.{key}", value, "in [0, 1]")
+            _unused(value != 1.0, f"advantage.{key}", self.kind, "gae")
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,8 @@ class KLSpec:
         coef: β; 0 means no reference is kept.
         gradient: Of the penalty in the loss, on-policy: ``reverse`` (that of KL(π‖ref); "k2") or ``forward`` (that of
             KL(ref‖π); what "k3" as a loss follows).
-        place: ``loss``, or ``reward``: β · Σ_t (log π − log ref) is taken off the response's reward.
+        place: ``loss``, or ``reward``: β · Σ_t (log π − log ref) is taken off the response's reward; with
+            ``advantage.kind`` ``gae``, β (log π − log ref) off each token's.
         clamp: The penalty's pull on log π is at most this many nats (ProRL v2: 10); null: the ±20 of all log-ratios.
         importance: Weigh the penalty by π/π_old, so that its gradient stays true over several updates per rollout.
     """

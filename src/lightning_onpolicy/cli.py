@@ -99,9 +99,16 @@ def _lightning_cli(args: list[str]) -> Any:
     import lightning_onpolicy.callbacks as callbacks
     import lightning_onpolicy.datamodules as datamodules
     import lightning_onpolicy.datamodules.rewards as rewards
+    import lightning_onpolicy.datamodules.tools as tools
     import lightning_onpolicy.modules as modules
 
-    for package in (modules, datamodules, rewards, callbacks):  # short class names need imported classes
+    for package in (
+        modules,
+        datamodules,
+        rewards,
+        tools,
+        callbacks,
+    ):  # short class names need imported classes
         for name in package.__all__:
             getattr(package, name)
 
@@ -139,10 +146,12 @@ def _lightning_cli(args: list[str]) -> Any:
         on_test_start = on_predict_start = on_validation_start
 
     class OnPolicyCLI(LightningCLI):
-        """LightningCLI with completions written to a file by ``predict``, and a word where no checkpoint is found."""
+        """LightningCLI with completions written to a file by ``predict``, tables printed by ``validate`` and ``test``,
+        and a word where no checkpoint is found."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
+            parser.add_lightning_class_args(callbacks.EvaluationReport, "evaluation")
 
         def _look_for_last(self) -> None:
             if self.config[self.subcommand].get("ckpt_path") == "last":

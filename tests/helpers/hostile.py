@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from lightning_onpolicy.datamodules.rewards.sandbox_process import LOADER
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
 
 SECRET = f"onpolicy-{secrets.token_hex(16)}"  # an expected output that cannot be computed, only found
@@ -431,6 +432,6 @@ def left_behind() -> list[str]:
                 return True
         return False
 
-    found = [pid for pid, (_, line) in processes.items() if b"What runs inside a sandbox" in line]
+    found = [pid for pid, (_, line) in processes.items() if LOADER.encode() in line]
     mine = [pid for pid, (parent, _) in processes.items() if parent == os.getpid() and pid in found]
     return [str(processes[pid]) for pid in found if pid in mine or not looked_after(pid)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, RolloutBatch, collate
-from lightning_onpolicy.modules import keys, statistics
+from lightning_onpolicy.modules import keys, paired, statistics
 from lightning_onpolicy.modules.metrics import (
     AvgAtK,
     PassAtK,
@@ -92,8 +92,13 @@ def test_average_at_k_by_hand_and_clustering() -> None:
     key = torch.arange(4)[:, None].expand(4, 2)
     sample = torch.arange(2).expand(4, 2)
     got = statistics.average_at_k(scores.flatten(), key.flatten(), sample.flatten())
-    assert got.by_prompt == statistics.t_interval(torch.tensor([0.5, 1.0, 0.0]))
-    assert got.by_seed == statistics.t_interval(torch.tensor([2 / 3, 1 / 2], dtype=torch.float64))
+    assert got.by_prompt == statistics.bounded_interval(torch.tensor([0.5, 1.0, 0.0]))
+    by_seed = statistics.t_interval(torch.tensor([2 / 3, 1 / 2], dtype=torch.float64))
+    assert got.by_seed == statistics.cut(by_seed)
+    scaled = statistics.average_at_k(10 * scores.flatten(), key.flatten(), sample.flatten())
+    assert scaled.by_prompt == statistics.t_interval(torch.tensor([5.0, 10.0, 0.0])), (
+        "scores beyond 1 know no bounds"
+    )
     assert got.seed_std == pytest.approx(math.sqrt(2) / 2 * (2 / 3 - 1 / 2))
     assert got.unscored == 3 / 8
     # Ten copies of every sample say nothing new about the prompts: the interval must not shrink.
@@ -121,13 +126,13 @@ def test_paired_difference() -> None:
     """Catches: unpaired variance, silently comparing different prompts, NaN poisoning the mean."""
     a = {"p": [1.0, 0.0], "q": [1.0, 1.0], "r": [0.25, 0.25], "s": [NAN]}
     b = {uid: [x - 0.25 for x in row] for uid, row in a.items()}
-    shifted = statistics.paired_difference(a, b)
+    shifted = paired.paired_difference(a, b)
     assert (shifted.mean, shifted.low, shifted.high, shifted.n) == pytest.approx((0.25, 0.25, 0.25, 3))
     other = {"p": [0.0], "q": [NAN, 0.5], "r": [1.0], "s": [1.0]}
     expected = statistics.t_interval(torch.tensor([0.5, 0.5, -0.75]))
-    assert statistics.paired_difference(a, other) == expected
+    assert paired.paired_difference(a, other) == expected
     with pytest.raises(ValueError, match="1 are in one only, such as \\['t'\\]"):
-        statistics.paired_difference(a, {**b, "t": [1.0]})
+        paired.paired_difference(a, {**b, "t": [1.0]})
 
 
 def test_rollout_metrics_by_hand() -> None:

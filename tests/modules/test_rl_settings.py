@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from lightning_onpolicy.modules.critic import CriticSpec
 from lightning_onpolicy.modules.losses.settings import (
     AdvantageSpec,
     CorrectionSpec,
@@ -15,12 +16,23 @@ from lightning_onpolicy.modules.losses.settings import (
     SurrogateSpec,
 )
 from lightning_onpolicy.modules.presets import PRESETS, PresetName, preset
+from lightning_onpolicy.modules.specs import LoraSpec
 
 
 @pytest.mark.parametrize(
     ("spec", "settings", "key"),
     [
-        (AdvantageSpec, {"kind": "gae"}, "advantage.kind"),
+        (AdvantageSpec, {"kind": "ppo"}, "advantage.kind"),
+        (AdvantageSpec, {"lam": 0.9}, "advantage.lam"),
+        (AdvantageSpec, {"kind": "leave_one_out", "gamma": 0.9}, "advantage.gamma"),
+        (AdvantageSpec, {"kind": "gae", "gamma": 1.1}, "advantage.gamma"),
+        (AdvantageSpec, {"kind": "gae", "whiten": "sequence"}, "advantage.whiten"),
+        (AdvantageSpec, {"kind": "gae", "eps": 1e-3}, "advantage.eps"),
+        (CriticSpec, {"clip": 0.0}, "critic.clip"),
+        (CriticSpec, {"updates": 0}, "critic.updates"),
+        (CriticSpec, {"warmup": -1}, "critic.warmup"),
+        (CriticSpec, {"bootstrap": "mean"}, "critic.bootstrap"),
+        (CriticSpec, {"model": "x", "lora": LoraSpec()}, "critic.lora"),
         (AdvantageSpec, {"std": "none"}, "advantage.std"),
         (AdvantageSpec, {"kind": "mean_centred", "std": "population"}, "advantage.std"),
         (AdvantageSpec, {"whiten": "token"}, "advantage.whiten"),

@@ -29,7 +29,7 @@ from lightning_onpolicy.datamodules.rewards.code import CodeReward
 from lightning_onpolicy.datamodules.rewards.gym import GymReward
 from lightning_onpolicy.datamodules.rewards.instructions import InstructionReward
 from lightning_onpolicy.datamodules.rewards.math import MathReward
-from lightning_onpolicy.datamodules.rewards.sandbox import find
+from lightning_onpolicy.datamodules.rewards.sandbox import Sandbox, find
 from lightning_onpolicy.datamodules.rewards.stem import ChoiceReward, NumericReward
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
 
@@ -179,6 +179,16 @@ def attack(wall: Wall) -> Result:
         processes,
         at_home,
     )
+
+
+@pytest.mark.parametrize("tier", list(Tier), ids=[tier.label for tier in Tier])
+def test_a_sandbox_that_is_not_ended_is_seen(tier: Tier) -> None:
+    if not isinstance(find(tier), Wall):
+        pytest.skip(f"tier {tier.label}: {find(tier)}")
+    before = set(left_behind())
+    with Sandbox(tier.label).open("print(1)") as program:
+        assert program.run().output == b"1\n"
+        assert set(left_behind()) - before
 
 
 @pytest.mark.slow

@@ -42,6 +42,12 @@ def test_a_program_gets_its_input_and_gives_its_output(box: Sandbox) -> None:
     assert box.run("print('é', input())", "ü").output == "é ü\n".encode()
 
 
+def test_the_server_is_out_of_a_programs_sight(box: Sandbox) -> None:
+    assert box.run("import sys; print(sys.argv, 'marshal' in globals())").output == b"['solution.py'] False\n"
+    # What the server made is not collected at a program's end, which would copy its pages.
+    assert box.run("import gc; print(gc.get_freeze_count() > 1000)").output == b"True\n"
+
+
 @pytest.mark.parametrize(
     ("source", "status"),
     [
