@@ -83,7 +83,7 @@ HOSTILE = [
     "0x10",
     "1_000",
     "٣+٤",  # digits, but not ours
-    "２*３",  # full width
+    "２*３",  # full width  # noqa: RUF001
     "1\u00a0+1",
     "1\n+1",
     "__import__('os').system('true')",
