@@ -7,8 +7,8 @@
 
 Every run is `onpolicy fit` in a process of one thread, on the quickstart's tiny student and reasoning-gym tasks
 (`prolonged_arms.py` says what differs). Runs that exist are skipped, shorter ones go on from their checkpoints, which
-`--work` keeps. Writes into `benchmarks/results/prolonged/`: `<arm>-<seed>.json` per run; `summary.json`, `.csv` and
-`.md`, `distillation.csv`, and the pictures.
+`--work` keeps. Writes into `benchmarks/results/prolonged/`: `<arm>-<seed>.json` per run, `start.json` (the student
+before any), `summary.json`, `.csv` and `.md`, `distillation.csv`, and the pictures.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Under PYTHONSAFEPATH a script's own folder is not on the path.
 sys.path.append(str(Path(__file__).parent))
 import prolonged_plots as plots
 from common import write_results
 from prolonged_arms import ARMS, DISTILL_STEPS, command
-from prolonged_report import BASE, Records, compare, distillation, load, markdown, write_csv
-from prolonged_run import run
+from prolonged_report import (
+    BASE,
+    Records,
+    compare,
+    distillation,
+    distillation_markdown,
+    load,
+    markdown,
+    write_csv,
+)
+from prolonged_run import Teacher, run, start
 
 RESULTS = Path(__file__).parent / "results" / "prolonged"
 
@@ -37,19 +47,20 @@ def train(
     Returns:
         The runs that were made.
     """
+    start(records)
     made = []
     for seed in seeds:
         for name in arms:
             teacher, length = None, batches
             if ARMS[name].needs_teacher:
-                teacher, length = work / f"{BASE}-{best(load(records))}" / "export", DISTILL_STEPS
+                teacher, length = best(load(records), work), DISTILL_STEPS
             if run(name, seed, length, records, work, teacher) is not None:
                 made.append((name, seed))
     return made
 
 
-def best(records: Records) -> int:
-    """Seed of the base arm's run with the highest accuracy on validation items at its end.
+def best(records: Records, work: Path) -> Teacher:
+    """The base arm's run with the highest accuracy on validation items at its end.
 
     Raises:
         ValueError: If there is no such run.
@@ -57,7 +68,8 @@ def best(records: Records) -> int:
     runs = records.get(BASE, {})
     if not runs:
         raise ValueError(f"distillation needs a trained run of {BASE} to learn from: train that arm first.")
-    return max(runs, key=lambda seed: runs[seed]["curve"][-1][1])
+    seed = max(runs, key=lambda seed: runs[seed]["curve"][-1][1])
+    return Teacher(seed, runs[seed]["batches"], work / f"{BASE}-{seed}" / "export")
 
 
 def lengths(records: Records) -> list[int]:
@@ -89,18 +101,19 @@ def report(folder: Path) -> str:
         ]
         for name, runs in records.items()
     }
-    more = {}
+    parts = [f"After {end} batches\n\n{markdown(table)}" for end, table in tables.items()]
+    more: dict[str, Any] = {}
     if "opd" in records:
-        teacher = best(records)
-        threshold, more["distillation"] = distillation(records, records[BASE][teacher])
-        more |= {"teacher_seed": teacher, "threshold": threshold}
+        threshold, more["distillation"] = distillation(records)
+        more["threshold"] = threshold
         write_csv(folder / "distillation.csv", more["distillation"])
+        parts.append(distillation_markdown(more["distillation"], threshold))
         plots.distillation(records, threshold, first["model"]["parameters"], folder / "distillation.png")
     write_results(folder, "summary", rows=rows, machine=first["hardware"], commands=commands, **more)
     plots.ablations(records, ends[0], folder / "ablations.png")
     if "grpo" in records:
         plots.prolonged(records, folder / "resets.png")
-    text = "\n".join(f"After {end} batches\n\n{markdown(table)}" for end, table in tables.items())
+    text = "\n".join(parts)
     (folder / "summary.md").write_text(text)
     return text
 

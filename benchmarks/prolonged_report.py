@@ -150,20 +150,25 @@ def reached(record: Record, threshold: float, teacher: int | None) -> Row:
         "optimizer_steps": None if hit is None else hit * ARMS[name].steps_per_batch,
         "tflops": None if hit is None else costs[hit] / 1e12,
         "tflops_in_all": costs[record["batches"]] / 1e12,
+        "accuracy": accuracy(record, record["batches"]),
     }
 
 
-def distillation(records: Records, teacher: Record) -> tuple[float, list[Row]]:
+def distillation(records: Records) -> tuple[float, list[Row]]:
     """How soon RL and distillation come within ``MARGIN`` of the teacher, on the same validation items.
-
-    Args:
-        records: All.
-        teacher: The run whose export taught.
 
     Returns:
         The accuracy to reach, and a row per run of `prorl`, `grpo` and `opd`.
+
+    Raises:
+        ValueError: If the distilled runs had different teachers.
     """
-    threshold = teacher["curve"][-1][1] - MARGIN
+    taught = {(r["teacher"]["seed"], r["teacher"]["batches"]) for r in records["opd"].values()}
+    if len(taught) > 1:
+        raise ValueError(f"distilled runs of several teachers, (seed, batches) {sorted(taught)}: keep one's.")
+    ((seed, batches),) = taught
+    teacher = records[BASE][seed]
+    threshold = {at: mean for at, mean, *_ in teacher["curve"]}[batches] - MARGIN
     size = teacher["model"]["parameters"]
     rows = [
         reached(record, threshold, size if ARMS[name].needs_teacher else None)
@@ -200,6 +205,25 @@ def markdown(rows: Sequence[Row]) -> str:
             cells += [_span(r, "difference", "items", "+"), r["effect"]]
         else:
             cells += ["–"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def distillation_markdown(rows: Sequence[Row], threshold: float) -> str:
+    """What it took each run to come within ``MARGIN`` of the teacher, for a reader."""
+    lines = [
+        f"To {100 * threshold:.1f} % on validation items, the teacher's accuracy less {100 * MARGIN:.0f} points:",
+        "",
+        "| run | batches | optimizer steps | teraFLOPs | in all, teraFLOPs | held-out accuracy at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [f"{ARMS[r['arm']].label}, seed {r['seed']}"]
+        if r["batches"] is None:
+            cells += [f"not in {r['trained_batches']}", "–", "–"]
+        else:
+            cells += [str(r["batches"]), str(r["optimizer_steps"]), f"{r['tflops']:.2f}"]
+        cells += [f"{r['tflops_in_all']:.2f}", f"{100 * r['accuracy']:.1f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

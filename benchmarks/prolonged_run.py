@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from lightning_onpolicy.datamodules.rewards import GymReward
 from lightning_onpolicy.modules import ModelSpec, Policy
 
 TASKS = "onpolicy://quickstart/tasks.yaml"
+STUDENT = "onpolicy://quickstart/models/student"
 ITEMS, SAMPLES = 512, 4  # of the evaluation after training; validation has 256 items
 MEANS = {  # in the record: as logged
     "entropy": "train/entropy",
-    "kl_ref": "train/kl_ref_k3",
+    "kl_ref": "train/kl_ref_k1",  # k3 has the same mean, but a single token can make it
     "clip_high": "train/clip_high",
     "clip_low": "train/clip_low",
     "pass_rate": "train/pass_rate",
@@ -45,8 +47,23 @@ MEANS = {  # in the record: as logged
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A trained run that distillation learns from.
+
+    Args:
+        seed: Of the run of the base arm.
+        batches: How long it was trained.
+        export: Folder of its weights.
+    """
+
+    seed: int
+    batches: int
+    export: Path
+
+
 def run(
-    name: str, seed: int, batches: int, records: Path, work: Path, teacher: Path | None = None
+    name: str, seed: int, batches: int, records: Path, work: Path, teacher: Teacher | None = None
 ) -> Record | None:
     """Train and evaluate, unless that is done already.
 
@@ -56,7 +73,7 @@ def run(
         batches: Length of the run; one that exists and is shorter goes on.
         records: Folder of the records.
         work: Folder for checkpoints and logs.
-        teacher: Export that distillation learns from.
+        teacher: Whom distillation learns from.
 
     Returns:
         The record, or None if it was there.
@@ -67,7 +84,7 @@ def run(
         return None
     folder = work / f"{name}-{seed}"
     began = time.perf_counter()
-    onpolicy(command(name, seed, batches, folder, teacher), folder)
+    onpolicy(command(name, seed, batches, folder, teacher and teacher.export), folder)
     rows = [
         row for log in sorted(folder.glob("logs/version_*/metrics.csv"), key=_number) for row in read(log)
     ]
@@ -80,11 +97,20 @@ def run(
         "windows": windows(rows),
         "finals": {**record["finals"], str(batches): evaluate(folder / "export")},
         "model": model_size(folder / "export"),
+        "teacher": teacher and {"seed": teacher.seed, "batches": teacher.batches},
         "hardware": hardware("cpu", "lightning", "transformers", "reasoning-gym"),
     }
     records.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
     return record
+
+
+def start(records: Path) -> None:
+    """Evaluate the shipped student, unless that is done already."""
+    path = records / "start.json"
+    if not path.exists():
+        records.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(evaluate(STUDENT)) + "\n")
 
 
 def record_path(records: Path, name: str, seed: int) -> Path:

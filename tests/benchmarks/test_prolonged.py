@@ -165,6 +165,7 @@ def folder(tmp_path: Path) -> Path:
             record = made_up(arm, seed, right, end=120 if arm == "opd" else 40)
             if arm == "opd":
                 record["curve"][0][1] = 0.99
+                record["teacher"] = {"seed": 3, "batches": 40}
             (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(record))
     return tmp_path
 
@@ -190,13 +191,27 @@ def test_the_report_compares_with_prorl_by_item_and_by_seed(bench, part, folder:
 def test_steps_and_flops_to_the_teacher_are_counted_alike(bench, part, folder: Path) -> None:
     bench.report(folder)
     found = json.loads((folder / "summary.json").read_text())
-    assert found["teacher_seed"] == 3 and found["threshold"] == pytest.approx(15 / 16 - 0.02)
+    assert found["threshold"] == pytest.approx(15 / 16 - 0.02)
     rows = {(r["arm"], r["seed"]): r for r in found["distillation"]}
     assert rows["prorl", 1]["batches"] is None  # 14/16 stays below
     assert rows["prorl", 3]["batches"] == 40 and rows["prorl", 3]["optimizer_steps"] == 160
     assert rows["opd", 1]["batches"] == rows["opd", 1]["optimizer_steps"] == 20
     one = part("flops").batch_flops(10, 128, 128, 6.0, reference=False, teacher=10)
     assert rows["opd", 1]["tflops"] == pytest.approx(20 * one / 1e12)
+
+
+def test_two_teachers_are_no_comparison(bench, folder: Path) -> None:
+    path = folder / "opd-2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": {"seed": 1, "batches": 40}}))
+    with pytest.raises(ValueError, match="several teachers"):
+        bench.report(folder)
+
+
+def test_the_teacher_is_the_best_run_on_validation_items(bench, folder: Path, tmp_path) -> None:
+    teacher = bench.best(bench.load(folder), tmp_path)
+    assert (teacher.seed, teacher.batches, teacher.export) == (3, 40, tmp_path / "prorl-3" / "export")
+    with pytest.raises(ValueError, match="train that arm first"):
+        bench.best({}, tmp_path)
 
 
 def test_recorded_commands_name_no_folder_of_the_machine(bench, folder: Path) -> None:
@@ -247,6 +262,7 @@ def test_runs_are_made_once_and_shorter_ones_go_on(bench, part, tmp_path, monkey
 
     monkeypatch.setattr(module, "onpolicy", pretend)
     monkeypatch.setattr(module, "evaluate", lambda model: {"right": "4", "length": 1.0})
+    monkeypatch.setattr(bench, "start", lambda records: None)
     monkeypatch.setattr(module, "model_size", lambda model: {"parameters": 1, "prompt_tokens": 1.0})
     records, work = tmp_path / "records", tmp_path / "work"
     assert bench.train(["prorl"], [1], 40, records, work) == [("prorl", 1)]
