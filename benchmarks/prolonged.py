@@ -14,6 +14,7 @@ before any), `summary.json`, `.csv` and `.md`, `distillation.csv`, and the pictu
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from prolonged_report import (
     distillation_markdown,
     load,
     markdown,
+    over,
+    shares,
     write_csv,
 )
 from prolonged_run import Teacher, run, start
@@ -101,8 +104,13 @@ def report(folder: Path) -> str:
         ]
         for name, runs in records.items()
     }
-    parts = [f"After {end} batches\n\n{markdown(table)}" for end, table in tables.items()]
-    more: dict[str, Any] = {}
+    before = over(shares(json.loads((folder / "start.json").read_text())))
+    parts = [
+        f"Held-out accuracy of the student before: {100 * before.mean:.1f} % "
+        f"(95 % over items: {100 * before.low:.1f} to {100 * before.high:.1f})\n",
+        *(f"After {end} batches\n\n{markdown(table)}" for end, table in tables.items()),
+    ]
+    more: dict[str, Any] = {"start": before.mean}
     if "opd" in records:
         threshold, more["distillation"] = distillation(records)
         more["threshold"] = threshold

@@ -46,11 +46,8 @@ class Arm:
 
 
 def temperature(tau: float) -> Flags:
-    """Sampling at ``tau``, and the policy's probabilities too: the module refuses one without the other."""
-    return {
-        "model.init_args.temperature": tau,
-        "data.init_args.sampling": {"temperature": tau, "max_new_tokens": NEW_TOKENS},
-    }
+    """Sampling at ``tau``; the policy is graded there too, and evaluated at 1."""
+    return {"data.init_args.sampling": {"temperature": tau, "max_new_tokens": NEW_TOKENS}}
 
 
 def kl(coef: float) -> Flags:

@@ -38,19 +38,24 @@ def load(folder: Path) -> dict[str, dict[int, Record]]:
     return {name: dict(sorted(runs.items())) for name, runs in found.items() if runs}
 
 
+def shares(final: Mapping[str, Any]) -> list[float]:
+    """Share of right answers to each held-out item, from an evaluation."""
+    return [int(digit) / SAMPLES for digit in final["right"]]
+
+
 def items(record: Record, batches: int) -> list[float]:
-    """Share of right answers to each held-out item, after so many batches."""
-    return [int(digit) / SAMPLES for digit in record["finals"][str(batches)]["right"]]
+    """:func:`shares` after so many batches."""
+    return shares(record["finals"][str(batches)])
 
 
 def accuracy(record: Record, batches: int) -> float:
     """Mean of :func:`items`."""
-    shares = items(record, batches)
-    return sum(shares) / len(shares)
+    right = items(record, batches)
+    return sum(right) / len(right)
 
 
-def over_seeds(values: Iterable[float]) -> Interval:
-    """Mean of one value per seed, with its t-interval."""
+def over(values: Iterable[float]) -> Interval:
+    """Mean of one value per seed, or per item, with its t-interval."""
     return t_interval(torch.tensor(list(values), dtype=torch.float64))
 
 
@@ -65,7 +70,7 @@ def versus(runs: Mapping[int, Record], base: Mapping[int, Record], batches: int)
     seeds = sorted(runs.keys() & base.keys())
     mine, theirs = ({s: side[s] for s in seeds} for side in (runs, base))
     items_say = paired_difference(by_item(mine, batches), by_item(theirs, batches))
-    seeds_say = over_seeds(accuracy(mine[s], batches) - accuracy(theirs[s], batches) for s in seeds)
+    seeds_say = over(accuracy(mine[s], batches) - accuracy(theirs[s], batches) for s in seeds)
     return items_say, seeds_say
 
 
@@ -90,8 +95,8 @@ def compare(records: Records, batches: int) -> list[Row]:
 
 def row_of(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], batches: int) -> Row:
     """Accuracy, difference, dynamics at the end and cost of one arm."""
-    seeds_mean = over_seeds(accuracy(r, batches) for r in runs.values())
-    shares = [sum(row) / len(row) for row in by_item(runs, batches).values()]
+    seeds_mean = over(accuracy(r, batches) for r in runs.values())
+    right = [sum(row) / len(row) for row in by_item(runs, batches).values()]
     row: Row = {
         "arm": name,
         "label": ARMS[name].label,
@@ -99,7 +104,7 @@ def row_of(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], ba
         "batches": batches,
         "optimizer_steps": batches * ARMS[name].steps_per_batch,
         **_interval("accuracy", seeds_mean, "seeds"),
-        **_interval("accuracy", t_interval(torch.tensor(shares, dtype=torch.float64)), "items"),
+        **_interval("accuracy", over(right), "items"),
     }
     by_items, by_seeds = versus(runs, base, batches)
     against: Row = {

@@ -167,6 +167,7 @@ def folder(tmp_path: Path) -> Path:
                 record["curve"][0][1] = 0.99
                 record["teacher"] = {"seed": 3, "batches": 40}
             (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(record))
+    (tmp_path / "start.json").write_text(json.dumps({"right": "1120", "length": 4.0}))
     return tmp_path
 
 
@@ -182,7 +183,7 @@ def test_the_report_compares_with_prorl_by_item_and_by_seed(bench, part, folder:
     assert rows["grpo"]["difference"] == rows["grpo"]["difference_seeds_high"] == pytest.approx(-0.25)
     assert (rows["grpo"]["effect"], rows["hot"]["effect"]) == ("shown", "not shown")
     assert rows["hot"]["half_width_seeds"] > rows["grpo"]["half_width_seeds"]
-    assert "−" not in text and "| no resets (GRPO) | 62.5 % |" in text
+    assert "student before: 25.0 %" in text and "| no resets (GRPO) | 62.5 % |" in text
     with (folder / "summary.csv").open() as lines:
         assert [row["arm"] for row in csv.DictReader(lines)] == list(rows)
     assert {"ablations.png", "resets.png", "distillation.png"} <= {p.name for p in folder.iterdir()}
