@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
+from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Group, Prompt
 from lightning_onpolicy.datamodules.tools.base import Observation
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation
 
@@ -18,6 +18,9 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     A string or a list of them; a list of turns, ``{"role": "assistant" | "tool", "content": …}``; or
     ``response_ids``, taken as they are. Ids count where there is no text, and where ``response_mask`` says which of
     them the policy wrote, as ``predict`` does for responses with a tool's words in them: those are not trained on.
+
+    Where the row has ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and
+    not finished.
 
     Raises:
         ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
@@ -47,7 +50,14 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
             raise ValueError(
                 f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
             )
-        completions = [text_completion(t, tokenizer) for t in texts]
+        reasons = row.get("finish_reasons") or [None] * len(texts)
+        if len(reasons) != len(texts):
+            raise ValueError(
+                f"row {prompt.uid!r}: {len(texts)} responses, but {len(reasons)} entries in 'finish_reasons'."
+            )
+        completions = [
+            text_completion(t, tokenizer, cut=r == "length") for t, r in zip(texts, reasons, strict=True)
+        ]
     for c in completions:
         if max_response_tokens is not None and c.tokens > max_response_tokens:
             raise ValueError(
@@ -58,7 +68,11 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
 
 
 def text_completion(
-    text: str, tokenizer: Any, ids: Sequence[int] | None = None, written: Sequence[bool] | None = None
+    text: str,
+    tokenizer: Any,
+    ids: Sequence[int] | None = None,
+    cut: bool = False,
+    written: Sequence[bool] | None = None,
 ) -> Completion:
     """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
 
@@ -66,18 +80,17 @@ def text_completion(
         text: The response.
         tokenizer: Encodes it, unless ``ids`` are given.
         ids: Token ids to use as they are.
+        cut: The text ends where a token limit ended it: no EOS belongs there.
         written: Which of the ids are the response's own; the others are observations. None: all.
     """
-    tokens = (
-        list(ids)
-        if ids is not None
-        else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    )
+    end = [] if cut else [tokenizer.eos_token_id]
+    tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), *end]
     own = None if written is None or all(written) else torch.tensor(written, dtype=torch.bool)
     logprobs = torch.full((len(tokens),), float("nan"))
     if own is not None:
         logprobs[~own] = 0.0
-    return Completion(torch.tensor(tokens, dtype=torch.long), logprobs, "eos", -1, text, own)
+    finish: FinishReason = "length" if cut else "eos"
+    return Completion(torch.tensor(tokens, dtype=torch.long), logprobs, finish, -1, text, own)
 
 
 def turns_completion(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> Completion:
@@ -101,14 +114,18 @@ def turns_completion(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: 
             )
         own = role == "assistant"
         heard = Observation(content, turn.get("before") or "", turn.get("after") or "")
-        new = tokenizer.encode(content, add_special_tokens=False) if own else encode_observation(tokenizer, heard)
+        new = (
+            tokenizer.encode(content, add_special_tokens=False)
+            if own
+            else encode_observation(tokenizer, heard)
+        )
         ids += new
         written += [own] * len(new)
     if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
         raise ValueError(f"{where}: the first and the last turn must be the assistant's.")
     ids.append(tokenizer.eos_token_id)
     written.append(True)
-    return text_completion(tokenizer.decode(ids, skip_special_tokens=True), tokenizer, ids, written)
+    return text_completion(tokenizer.decode(ids, skip_special_tokens=True), tokenizer, ids, written=written)
 
 
 def group_of(row: Mapping[str, Any], *texts: str) -> Group:

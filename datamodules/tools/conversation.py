@@ -106,7 +106,9 @@ class Conversation:
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         if sampling.min_new_tokens:
-            raise ValueError("sampling.min_new_tokens must be 0 where an environment answers: turns are short.")
+            raise ValueError(
+                "sampling.min_new_tokens must be 0 where an environment answers: turns are short."
+            )
         both = sorted(set(sampling.stop) & set(self.environment.stop))
         if both:
             raise ValueError(

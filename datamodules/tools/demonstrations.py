@@ -50,7 +50,9 @@ class DemonstrationSource(Source):
             said = [turn.render(row) for turn in self._turns]
         except jinja2.UndefinedError as error:
             raise ValueError(f"DemonstrationSource.turns, row {index}: {error}.") from error
-        prompt = Prompt((), str(row.get("prompt", "")), row, str(row.get("uid", "")), str(row.get("source", "")))
+        prompt = Prompt(
+            (), str(row.get("prompt", "")), row, str(row.get("uid", "")), str(row.get("source", ""))
+        )
         segments: list[Segment] = []
         response: list[dict[str, Any]] = []
         for number, text in enumerate(said, 1):
@@ -60,7 +62,9 @@ class DemonstrationSource(Source):
                 break
             [heard] = self.environment.observe([Transcript(prompt, tuple(segments), text, "stop")])
             if heard is None:
-                raise ValueError(f"row {index}: the environment ends the response at turn {number}, {text!r:.80}.")
+                raise ValueError(
+                    f"row {index}: the environment ends the response at turn {number}, {text!r:.80}."
+                )
             segments.append(Segment("tool", heard.before + heard.text + heard.after))
             response.append(
                 {"role": "tool", "content": heard.text, "before": heard.before, "after": heard.after}

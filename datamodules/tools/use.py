@@ -86,7 +86,8 @@ class ToolUse(Environment):
     def observe(self, transcripts: Sequence[Transcript]) -> list[Observation | None]:
         """Answers to the calls; an empty observation where a closing mark closed nothing."""
         return [
-            None if t.finish != "stop" else self.called(t.segments[-1].text) or Observation() for t in transcripts
+            None if t.finish != "stop" else self.called(t.segments[-1].text) or Observation()
+            for t in transcripts
         ]
 
     def called(self, text: str) -> Observation | None:
