@@ -110,7 +110,8 @@ def turns_completion(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: 
         role, content = turn.get("role"), turn.get("content")
         if role not in ("assistant", "tool") or not isinstance(content, str):
             raise ValueError(
-                f"{where}, turn {number}: expected {{'role': 'assistant' or 'tool', 'content': text}}, got {turn!r:.80}."
+                f"{where}, turn {number}: expected {{'role': 'assistant' or 'tool', 'content': text}}, "
+                f"got {turn!r:.80}."
             )
         own = role == "assistant"
         heard = Observation(content, turn.get("before") or "", turn.get("after") or "")

@@ -84,8 +84,8 @@ class Conversation:
         how = dataclasses.replace(sampling, stop=(*sampling.stop, *self.environment.stop))
         first = engine.generate([p.ids for p in prompts], n, how, seed)
         rows = [Draft(prompt, self.tokenizer) for prompt in prompts for _ in range(n)]
-        for row, turn in zip(rows, (c for group in first for c in group), strict=True):
-            row.say(turn)
+        for row, said in zip(rows, (c for group in first for c in group), strict=True):
+            row.say(said)
         live = self._answer(list(enumerate(rows)), sampling, 1)
         turn = 1
         while turn < self.environment.max_turns and self.any_rank(bool(live)):
