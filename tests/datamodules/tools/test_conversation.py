@@ -172,8 +172,11 @@ def test_context_runs_out(context: int, budgets: list[Any], finish: str) -> None
 def test_the_models_positions_bound_the_context_too() -> None:
     conversation = Conversation(talks.echo(max_context=90), TOKENIZER, max_positions=64)
     assert conversation.max_context == 64
-    with pytest.raises(ValueError, match=r"prompt 0 has 2 tokens.*max_context=64"):
+    with pytest.raises(ValueError, match=r"a prompt has 2 tokens.*max_context=64"):
         conversation.sample(Scripted(), [PROMPT], 1, Sampling(max_new_tokens=63), seed=0)
+    elsewhere = Conversation(talks.echo(), TOKENIZER, max_positions=64, any_rank=lambda here: True)
+    with pytest.raises(ValueError, match="another rank has a prompt too long"):
+        elsewhere.sample(Scripted(), [PROMPT], 1, Sampling(max_new_tokens=9), seed=0)
 
 
 def test_a_stop_string_of_the_sampling_ends_the_response() -> None:
