@@ -18,7 +18,8 @@ import torch
 from prolonged_arms import ARMS, GROUP, PROMPTS
 from prolonged_flops import cumulative
 
-from lightning_onpolicy.modules.statistics import Interval, paired_difference, t_interval
+from lightning_onpolicy.modules.paired import paired_difference
+from lightning_onpolicy.modules.statistics import Interval, t_interval
 
 SAMPLES = 4  # digits of a record count right answers among so many
 BASE = "prorl"

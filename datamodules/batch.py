@@ -27,7 +27,8 @@ class Sampling:
         top_p: Nucleus mass kept, in (0, 1]; 1 keeps everything.
         top_k: Number of most probable tokens kept; 0 keeps all.
         min_p: Tokens below ``min_p`` times the largest probability are dropped; 0 keeps all.
-        max_new_tokens: Longest response, in tokens, the end-of-sequence token included.
+        max_new_tokens: Longest response, in tokens, the end-of-sequence token included; where an environment answers,
+            what the policy writes in all turns together.
         min_new_tokens: End-of-sequence tokens have probability 0 before this many tokens.
         stop_token_ids: Token ids that end a response, besides the model's own EOS ids.
         stop: Strings that end a response once they appear in its decoded text; the tokens that complete the

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
+from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Group, Prompt
 from lightning_onpolicy.datamodules.tools.base import Observation
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation
 
@@ -18,6 +18,7 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     A string or a list of them; a list of turns, ``{"role": "assistant" | "tool", "content": …}``; or
     ``response_ids``, taken as they are. Ids count where there is no text, and where ``response_mask`` says which of
     them the policy wrote, as ``predict`` does for responses with a tool's words in them: those are not trained on.
+
     Where the row has ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and
     not finished.
 
@@ -88,8 +89,8 @@ def text_completion(
     logprobs = torch.full((len(tokens),), float("nan"))
     if own is not None:
         logprobs[~own] = 0.0
-    ids_L = torch.tensor(tokens, dtype=torch.long)
-    return Completion(ids_L, logprobs, "length" if cut else "eos", -1, text, own)
+    finish: FinishReason = "length" if cut else "eos"
+    return Completion(torch.tensor(tokens, dtype=torch.long), logprobs, finish, -1, text, own)
 
 
 def turns_completion(turns: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> Completion:

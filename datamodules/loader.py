@@ -22,7 +22,7 @@ from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, Scor
 from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.composite import part_names
-from lightning_onpolicy.datamodules.seeds import derive_seed as derive_seed
+from lightning_onpolicy.datamodules.seeds import derive_seed
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 

@@ -106,12 +106,11 @@ class RolloutMaker:
         The phase ``reward`` is then what is left of scoring when sampling has ended.
         """
         early = {name: reward for name, reward in self.rewards.items() if is_concurrent(reward)}
-        streams = isinstance(self.engine, StreamingEngine) and self.conversation is None
-        if not prompts or not early or not streams:
+        engine = self.engine if self.conversation is None else None  # turns are waited for
+        if not prompts or not early or not isinstance(engine, StreamingEngine):
             return self.scored(self.sample(prompts, seed))
         if self.before is not None:
             self.before(self.engine)
-        engine: Any = self.engine
         groups: dict[int, Group] = {}
         with Overlap(lambda arrived: score_all(early, arrived)) as overlap:
 

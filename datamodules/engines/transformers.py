@@ -119,7 +119,7 @@ class TransformersEngine(StreamingEngine):
             TimeoutError: If ``deadline_s`` passes.
             FloatingPointError: If the policy's logits are not finite.
         """
-        return self._generate(prompts, n, sampling, seed, budgets, numbers, None)
+        return self._generate(prompts, n, sampling, seed, None, budgets, numbers)
 
     def stream(
         self,
@@ -130,7 +130,7 @@ class TransformersEngine(StreamingEngine):
         done: Callable[[int, list[Completion]], None],
     ) -> None:
         """As :meth:`generate`; ``done`` gets each prompt's completions soon after all are there."""
-        self._generate(prompts, n, sampling, seed, None, None, done)
+        self._generate(prompts, n, sampling, seed, done)
 
     def _generate(
         self,
@@ -138,9 +138,9 @@ class TransformersEngine(StreamingEngine):
         n: int,
         sampling: Sampling,
         seed: int,
-        budgets: Sequence[int] | None,
-        numbers: Sequence[int] | None,
         done: Callable[[int, list[Completion]], None] | None,
+        budgets: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         policy = self.policy
         assert isinstance(policy, nn.Module)

@@ -1,7 +1,7 @@
 """Length shapers: rewards that depend on how many tokens an answer took.
 
-Legend: ``T`` tokens the policy wrote of a response, its EOS included; ``R`` the reward so far; ``right``: the *task*
-reward, before any shaping, is at least ``right_at``; ``n*`` the target length in the prompt's row, where
+Legend: ``T`` tokens of a response that the policy wrote, its EOS included; ``R`` the reward so far; ``right``: the
+*task* reward, before any shaping, is at least ``right_at``; ``n*`` the target length in the prompt's row, where
 ``TargetLengthSource`` writes it.
 
 Departures: :class:`StopProperly` and :class:`L1Max` never raise a reward, where a factor below 1 would raise a negative

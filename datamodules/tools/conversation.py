@@ -115,13 +115,18 @@ class Conversation:
                 f"sampling.stop has {both}, which end the environment's turns: the response would end at its first "
                 "call. Take them out of sampling.stop."
             )
-        for i, prompt in enumerate(prompts):
-            if self.max_context is not None and len(prompt.ids) + sampling.max_new_tokens > self.max_context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt.ids)} tokens; with sampling.max_new_tokens="
-                    f"{sampling.max_new_tokens} that exceeds max_context={self.max_context} before a tool has said a "
-                    "word. Lower sampling.max_new_tokens or drop the prompt."
-                )
+        if self.max_context is None:
+            return
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        too_long = longest + sampling.max_new_tokens > self.max_context
+        if self.any_rank(too_long):  # on all, or the others would wait for this one's forward passes
+            raise ValueError(
+                f"a prompt has {longest} tokens; with sampling.max_new_tokens={sampling.max_new_tokens} that exceeds "
+                f"max_context={self.max_context} before a tool has said a word. Lower sampling.max_new_tokens or drop "
+                "the prompt."
+                if too_long
+                else f"another rank has a prompt too long for max_context={self.max_context}; its log says more."
+            )
 
     def _budget(self, row: Draft, sampling: Sampling, read: int = 0) -> int:
         """Tokens that the policy may still write, once it has read so many more."""

@@ -18,7 +18,7 @@ from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 from lightning_onpolicy.modules.losses.settings import KLSpec, SurrogateSpec
 from lightning_onpolicy.modules.presets import PRESETS, PresetName, preset
 
-NAMES = sorted(PRESETS)
+NAMES = sorted(name for name in PRESETS if not name.startswith("gad"))
 PRORL = ["brorl", "prorl_v1", "prorl_v2"]
 
 

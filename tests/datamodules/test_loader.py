@@ -276,7 +276,9 @@ def test_given_responses_stand_beside_the_group_they_belong_to() -> None:
         sampling=SHORT,
         given=lambda prompt: given_group(prompt, TOKENIZER, "response", None),
     )
-    batch = maker.collate(maker.sample(PromptStream(rows(3), TOKENIZER, chat=False, shuffle=False).take(3), 0))
+    batch = maker.collate(
+        maker.sample(PromptStream(rows(3), TOKENIZER, chat=False, shuffle=False).take(3), 0)
+    )
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
     assert batch.on_policy.tolist() == [True] * 6 + [False] * 3
     assert [p.uid for p in batch.prompts] == ["0", "0", "1", "1", "2", "2", "0", "1", "2"]

@@ -19,8 +19,8 @@ import torch
 SCRIPT = Path(ranks_fit.__file__)
 
 
-def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
-    """What ``ranks_fit.py`` says after a run on two ranks."""
+def two_ranks(out: Path, strategy: str, script: Path = SCRIPT) -> dict[str, Any]:
+    """What ``ranks_fit.py``, or another script, says after a run on two ranks."""
     env = {
         **os.environ,
         # No empty entry: it would be the working folder.
@@ -30,7 +30,7 @@ def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
     }
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(SCRIPT), strategy, str(out),
+        str(script), strategy, str(out),
     ]  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -67,3 +67,19 @@ def test_ranks_that_hold_the_same_data_count_once(tmp_path: Path) -> None:
             assert two[run][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_with_different_numbers_of_turns_stay_in_step(tmp_path: Path, strategy: str) -> None:
+    """Catches: a rank that stops asking the engine when its own responses are done, which hangs the others."""
+    got = two_ranks(tmp_path / "result.pt", strategy, SCRIPT.with_name("ranks_talks.py"))
+    first, second = got["asked"]
+    assert len(first) == len(second) > 2 * len([n for n in second if n]), (
+        "both are called, one with nothing to do"
+    )
+    assert 0 in second and 0 not in first
+    assert got["fitted"]["train/mismatch_max_log_ratio"] < 1e-4
+    assert got["fitted"]["train/tools/observations"] > 0.1  # the mean over both ranks
+    for name, value in got["weights"].items():
+        assert torch.equal(value, got["resumed_weights"][name]), name

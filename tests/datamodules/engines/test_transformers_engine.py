@@ -191,6 +191,46 @@ class Letters:
         return ["".join("abcd"[i % 4] if i % 5 else "" for i in ids) for ids in sequences]
 
 
+def test_a_prompt_may_have_a_budget_of_its_own(make_decoder):
+    """The same tokens, cut earlier; also where rows wait for others' places, and up to the model's last position."""
+    decoder, how = make_decoder("llama"), Sampling(max_new_tokens=20)
+    whole = TransformersEngine(decoder).generate(PROMPTS, 2, how, seed=3)
+    budgets = [1 + 5 * i % 19 for i in range(len(PROMPTS))]
+    cut = TransformersEngine(decoder, max_rows=3).generate(PROMPTS, 2, how, seed=3, budgets=budgets)
+    for one, other, budget in zip(whole, cut, budgets, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert b.ids.tolist() == a.ids[:budget].tolist()
+            assert b.finish == (a.finish if len(a.ids) <= budget else "length")
+    room = decoder.max_positions - len(PROMPTS[0])
+    long = Sampling(max_new_tokens=decoder.max_positions)
+    [[last]] = TransformersEngine(decoder).generate(PROMPTS[:1], 1, long, seed=0, budgets=[room])
+    assert 0 < len(last.ids) <= room
+
+
+def test_numbers_decide_the_randomness_and_places_do_not(make_decoder):
+    engine, how = TransformersEngine(make_decoder("llama")), Sampling(max_new_tokens=12)
+    groups = engine.generate(PROMPTS, 2, how, seed=3)
+    [alone] = engine.generate(PROMPTS[2:3], 2, how, seed=3, numbers=[2])
+    assert [c.ids.tolist() for c in alone] == [c.ids.tolist() for c in groups[2]]
+    [other] = engine.generate(PROMPTS[2:3], 2, how, seed=3, numbers=[9])
+    assert [c.ids.tolist() for c in other] != [c.ids.tolist() for c in groups[2]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"budgets": [0]}, "budget of 0"),
+        ({"budgets": []}, "1 prompts came with 0 budgets"),
+        ({"numbers": [1, 2]}, "2 numbers"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(make_decoder, more, message):
+    with pytest.raises(ValueError, match=message):
+        TransformersEngine(make_decoder("llama")).generate(
+            [[3]], 1, Sampling(max_new_tokens=3), seed=0, **more
+        )
+
+
 @pytest.mark.parametrize("stop", [("ab",), ("dd", "cab"), ("a",)])
 def test_stop_strings_end_a_response_where_its_text_first_holds_them(make_decoder, stop):
     decoder, letters = make_decoder(eos_bias=-30.0), Letters()

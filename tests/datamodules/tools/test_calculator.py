@@ -82,8 +82,8 @@ HOSTILE = [
     "1e999",
     "0x10",
     "1_000",
-    "٣+٤",  # digits, but not ours
-    "２*３",  # full width  # noqa: RUF001
+    "\u0663+\u0664",  # digits, but not ours
+    "\uff12*\uff13",  # full width
     "1\u00a0+1",
     "1\n+1",
     "__import__('os').system('true')",

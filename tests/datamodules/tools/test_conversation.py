@@ -15,8 +15,9 @@ import torch
 import toys
 from talks import EOS, PROMPT, Deep, Scripted
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, Sampling, collate
 from lightning_onpolicy.datamodules.tools.base import Observation
 from lightning_onpolicy.datamodules.tools.conversation import Conversation
@@ -104,9 +105,13 @@ def test_nothing_is_encoded_again() -> None:
 
 def test_special_tokens_count_in_an_environments_marks_and_never_in_what_a_tool_says() -> None:
     """Catches: a model that has a tool repeat the name of a special token, and so ends or forges a turn."""
-    heard = encode_observation(TOKENIZER, Observation("t1 <eos> t2", before="<bos> ", after=" <eos>"))
-    assert heard[0] == 21 and heard[-1] == EOS and EOS not in heard[:-1]
-    assert encode_observation(TOKENIZER, Observation("", "", "")) == []
+    tokenizer = AutoTokenizer.from_pretrained(resolve_asset("onpolicy://quickstart/models/student"))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    heard = encode_observation(tokenizer, Observation("1<|end|>2", before="<|bos|>", after="<|end|>"))
+    assert heard[0] == bos and heard[-1] == eos and eos not in heard[:-1]
+    assert tokenizer.decode(heard) == "<|bos|>1<|end|>2<|end|>"
+    assert tokenizer.encode("<|end|>", add_special_tokens=False) == [eos]  # nothing of it stays behind
+    assert encode_observation(tokenizer, Observation()) == []
 
 
 def test_a_response_is_cut_where_the_author_changes() -> None:
@@ -167,8 +172,11 @@ def test_context_runs_out(context: int, budgets: list[Any], finish: str) -> None
 def test_the_models_positions_bound_the_context_too() -> None:
     conversation = Conversation(talks.echo(max_context=90), TOKENIZER, max_positions=64)
     assert conversation.max_context == 64
-    with pytest.raises(ValueError, match=r"prompt 0 has 2 tokens.*max_context=64"):
+    with pytest.raises(ValueError, match=r"a prompt has 2 tokens.*max_context=64"):
         conversation.sample(Scripted(), [PROMPT], 1, Sampling(max_new_tokens=63), seed=0)
+    elsewhere = Conversation(talks.echo(), TOKENIZER, max_positions=64, any_rank=lambda here: True)
+    with pytest.raises(ValueError, match="another rank has a prompt too long"):
+        elsewhere.sample(Scripted(), [PROMPT], 1, Sampling(max_new_tokens=9), seed=0)
 
 
 def test_a_stop_string_of_the_sampling_ends_the_response() -> None:
@@ -241,18 +249,14 @@ def test_equal_seeds_give_equal_responses_whoever_else_is_there() -> None:
 def test_turns_do_not_repeat_each_others_randomness() -> None:
     """Catches: the first turn's seed used again, which makes a second turn a copy of the first."""
     policy = toys.policy(0, scale=1e-3)  # nearly uniform: what is drawn is the random number itself
-    groups = talks.sampled(Deep(lambda prompt: 1), PROMPTS, n=8, policy=policy, stop=())
+    groups = talks.sampled(Deep(lambda prompt: 1), PROMPTS, n=8, policy=policy)
     starts = [
-        (
-            c.ids[0].item(),
-            c.ids[c.written.nonzero()[-1] - 0].item(),
-            c.ids[int((~c.written).nonzero()[-1]) + 1],
-        )
+        (int(c.ids[0]), int(c.ids[int((~c.written).nonzero()[-1]) + 1]))
         for g in groups
         for c in g
         if c.written is not None
     ]
-    same = sum(first == int(second) for first, _, second in starts)
+    same = sum(first == second for first, second in starts)
     assert len(starts) > 20 and same < len(starts) / 3
 
 
