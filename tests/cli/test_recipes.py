@@ -94,6 +94,19 @@ def test_its_resets_are_those_of_the_recipe(name: PresetName) -> None:
     assert least == {recipe.reset.least * recipe.minibatches}
 
 
+@pytest.mark.parametrize("name", ["gad_paper", "gad_small"])
+def test_a_game_has_the_numbers_of_its_recipe(name: PresetName) -> None:
+    config = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
+    model, data, recipe = config["model"]["init_args"], config["data"]["init_args"], preset(name)
+    assert config["model"]["class_path"] == "GAD" and model["recipe"] == name and data["beside"]
+    assert data["prompts_per_batch"] == recipe.prompts
+    assert data["sampling"]["temperature"] == recipe.temperature
+    (stage,) = recipe.stages
+    assert data["group_size"] == stage.group_size
+    assert data["max_prompt_tokens"] + data["sampling"]["max_new_tokens"] == stage.context
+    assert model["loop"]["max_grad_norm"] == model["discriminator_loop"]["max_grad_norm"] == 0.2
+
+
 def test_what_only_rewards_say_is_said() -> None:
     """Overlong penalties, truncated answers and periods of a cosine."""
     _, dapo, _ = packaged("dapo")
