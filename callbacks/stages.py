@@ -62,6 +62,7 @@ class StageSchedule(Callback):
     A stage changes the keys it names, and they stay so until a later one names them. Stages begin in the order they are
     written in, between an update and the next batch: what is sampled next has the new settings. After a resume the
     right ones hold before the first batch is sampled. Evaluation is left as it is, so that scores compare.
+    ``ProRLGRPO`` follows the temperature; ``OnPolicyDistill``, whose loss has one of its own, refuses another.
 
     In YAML::
 

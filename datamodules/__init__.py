@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
-    from lightning_onpolicy.datamodules.loader import RolloutMaker as RolloutMaker
+    from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
     from lightning_onpolicy.datamodules.sources import FileSource as FileSource
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
     from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
+    from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource as TeacherTextSource
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -43,10 +44,11 @@ __getattr__, __dir__, __all__ = attach(
         "PromptStream": "prompts",
         "RolloutBatch": "batch",
         "RolloutLoader": "loader",
-        "RolloutMaker": "loader",
+        "RolloutMaker": "maker",
         "Sampling": "batch",
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
+        "TeacherTextSource": "teacher_text",
         "collate": "batch",
     },
 )

@@ -11,7 +11,7 @@ from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rows import MixedSource
 
 if TYPE_CHECKING:
-    from lightning_onpolicy.datamodules.loader import RolloutMaker
+    from lightning_onpolicy.datamodules.maker import RolloutMaker
 
 
 class AdjustableRollouts:

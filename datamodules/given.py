@@ -13,7 +13,8 @@ from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:
     """The prompt with the response(s) its row holds: a string, a list of strings, or ``response_ids``.
 
-    ``response_ids`` are taken as they are; they count only where there is no text.
+    ``response_ids`` are taken as they are; they count only where there is no text. Where the row has
+    ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and not finished.
 
     Raises:
         ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
@@ -35,7 +36,14 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
             raise ValueError(
                 f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
             )
-        completions = [text_completion(t, tokenizer) for t in texts]
+        reasons = row.get("finish_reasons") or [None] * len(texts)
+        if len(reasons) != len(texts):
+            raise ValueError(
+                f"row {prompt.uid!r}: {len(texts)} responses, but {len(reasons)} entries in 'finish_reasons'."
+            )
+        completions = [
+            text_completion(t, tokenizer, cut=r == "length") for t, r in zip(texts, reasons, strict=True)
+        ]
     for c in completions:
         if max_response_tokens is not None and len(c.ids) > max_response_tokens:
             raise ValueError(
@@ -45,21 +53,25 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     return Group(prompt, tuple(completions), on_policy=False)
 
 
-def text_completion(text: str, tokenizer: Any, ids: Sequence[int] | None = None) -> Completion:
+def text_completion(
+    text: str, tokenizer: Any, ids: Sequence[int] | None = None, cut: bool = False
+) -> Completion:
     """A completion nobody sampled: given text, closed by EOS. Its log-probabilities are NaN (unknown).
 
     Args:
         text: The response.
         tokenizer: Encodes it, unless ``ids`` are given.
         ids: Token ids to use as they are.
+        cut: The text ends where a token limit ended it: no EOS belongs there.
     """
-    tokens = (
-        list(ids)
-        if ids is not None
-        else [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    )
+    end = [] if cut else [tokenizer.eos_token_id]
+    tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), *end]
     return Completion(
-        torch.tensor(tokens, dtype=torch.long), torch.full((len(tokens),), float("nan")), "eos", -1, text
+        torch.tensor(tokens, dtype=torch.long),
+        torch.full((len(tokens),), float("nan")),
+        "length" if cut else "eos",
+        -1,
+        text,
     )
 
 

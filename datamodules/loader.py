@@ -1,4 +1,4 @@
-"""From prompts to rollout batches: the maker that does it once, and two loaders that do it for training and evaluation.
+"""From prompts to rollout batches: two loaders that have a maker make them, for training and for evaluation.
 
 Nothing here needs a Trainer::
 
@@ -12,21 +12,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.adjust import AdjustableRollouts
-from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch, Sampling, collate
+from lightning_onpolicy.datamodules.batch import Group, Prompt, RolloutBatch
 from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
-from lightning_onpolicy.datamodules.engines.base import RolloutEngine
-from lightning_onpolicy.datamodules.phases import Phases
+from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
 from lightning_onpolicy.datamodules.prompts import PromptStream
-from lightning_onpolicy.datamodules.rewards.base import Reward
-from lightning_onpolicy.datamodules.rewards.composite import part_names, score_all, weighted_sum
-from lightning_onpolicy.datamodules.rewards.shaping import Scores, Shaper
+from lightning_onpolicy.datamodules.rewards.composite import part_names
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
@@ -34,137 +30,6 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed from anything printable: equal parts, equal seed, on every machine and in every process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class RolloutMaker:
-    """Makes one rollout batch: sample, decode, score, collate.
-
-    Args:
-        engine: Samples completions.
-        tokenizer: Decodes them for rewards and people.
-        rewards: Named rewards; none is fine for methods that grade tokens themselves.
-        weights: Weight of each reward in the total; default 1 each. A completion that any weighted reward could
-            not score has no total (NaN).
-        shapers: Applied to the total, one after the other; the unshaped total is then the part ``task``.
-        group_size: Completions per prompt.
-        sampling: How tokens are drawn.
-        before: Called before each sampling, e.g. to hand the engine the newest weights.
-        context: Entered around each sampling, e.g. the autocast context that training runs in.
-        deadline_s: Seconds that sampling, or scoring, may take; None means no deadline.
-
-    Raises:
-        ValueError: If a weight names no reward, or a reward that is shaped is called ``task``.
-    """
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        tokenizer: Any,
-        *,
-        rewards: Mapping[str, Reward] | None = None,
-        weights: Mapping[str, float] | None = None,
-        shapers: Sequence[Shaper] = (),
-        group_size: int = 4,
-        sampling: Sampling | None = None,
-        before: Callable[[RolloutEngine], None] | None = None,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        deadline_s: float | None = 1800.0,
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.rewards = dict(rewards or {})
-        self.weights = {**dict.fromkeys(self.rewards, 1.0), **(weights or {})}
-        unknown = sorted(set(self.weights) - set(self.rewards))
-        if unknown:
-            raise ValueError(
-                f"reward_weights names {unknown}, which are not among the rewards {sorted(self.rewards)}."
-            )
-        if shapers and "task" in self.rewards:
-            raise ValueError("a reward cannot be called 'task' where shapers are: the unshaped total is.")
-        if group_size < 1:
-            raise ValueError(f"group_size must be >= 1, got {group_size}.")
-        self.shapers = tuple(shapers)
-        self.group_size = group_size
-        self.sampling = sampling or Sampling()
-        self.before, self.context = before, context
-        self.phases = Phases(deadline_s)
-
-    def sample(self, prompts: Sequence[Prompt], seed: int) -> list[Group]:
-        """``group_size`` completions per prompt, decoded."""
-        if not prompts:
-            return []
-        if self.before is not None:
-            self.before(self.engine)
-        with self.phases("rollout"), self.context():
-            drawn = self.engine.generate([p.ids for p in prompts], self.group_size, self.sampling, seed)
-        texts = self.tokenizer.batch_decode(
-            [c.ids.tolist() for group in drawn for c in group], skip_special_tokens=True
-        )
-        it = iter(texts)
-        return [
-            Group(p, tuple(dataclasses.replace(c, text=next(it)) for c in group))
-            for p, group in zip(prompts, drawn, strict=True)
-        ]
-
-    def score(self, groups: Sequence[Group]) -> dict[str, list[list[float | None]]]:
-        """Every reward's scores, by name; those inside a composite as ``name/part``.
-
-        Raises:
-            ValueError: If a reward does not return one score per completion; the message names it.
-        """
-        with self.phases("reward"), torch.no_grad(), self.context():  # a reward may be a model
-            return score_all(self.rewards, groups)
-
-    def total(
-        self, parts: Mapping[str, list[list[float | None]]], groups: Sequence[Group]
-    ) -> list[list[float | None]]:
-        """The weighted sum of the parts; None where a part with non-zero weight is None, or there is no reward."""
-        return weighted_sum(parts, self.weights, groups)
-
-    def shape(self, groups: Sequence[Group], task: Scores) -> Scores:
-        """What is trained on, from the totals."""
-        rewards = task
-        for shaper in self.shapers:
-            rewards = shaper.shape(groups, rewards, task)
-        return rewards
-
-    def scored(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """The groups with their scores."""
-        parts = self.score(groups)
-        total = self.total(parts, groups)
-        return [
-            ScoredGroup(group, {name: scores[g] for name, scores in parts.items()}, total[g])
-            for g, group in enumerate(groups)
-        ]
-
-    def stack(self, scored: Sequence[ScoredGroup], counts: Mapping[str, float] | None = None) -> RolloutBatch:
-        """One batch of scored groups, shaped."""
-        groups = [s.group for s in scored]
-        names = scored[0].parts if scored else ()
-        parts: dict[str, Scores] = {name: [list(s.parts[name]) for s in scored] for name in names}
-        task: Scores = [list(s.total) for s in scored]
-        pad = self.tokenizer.pad_token_id
-        return collate(
-            groups,
-            pad_id=self.tokenizer.eos_token_id if pad is None else pad,
-            rewards=self.shape(groups, task),
-            reward_parts={**parts, "task": task} if self.shapers else parts,
-            sampling=self.sampling,
-            timings=self.phases.take(),
-            counts=counts,
-        )
-
-    def collate(self, groups: Sequence[Group]) -> RolloutBatch:
-        """Score, shape and stack groups."""
-        return self.stack(self.scored(groups))
-
-    def close(self) -> None:
-        """Close the engine and every reward that can be closed."""
-        self.engine.close()
-        for reward in self.rewards.values():
-            close = getattr(reward, "close", None)
-            if close is not None:
-                close()
 
 
 class RolloutLoader(AdjustableRollouts, StreamLoader):
@@ -228,11 +93,11 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
             return self._varying(self._refill, prompts)
         seed = derive_seed(self.seed, self.rank, self.batches_made)
         own = self._own_count()
-        groups = self.maker.sample(prompts[:own], seed)
+        scored = self.maker.rollouts(prompts[:own], seed)
         if own < len(prompts):
             assert self.off_policy is not None
-            groups += self.off_policy(prompts[own:], seed)
-        return self.maker.collate(groups)
+            scored += self.maker.scored(self.off_policy(prompts[own:], seed))
+        return self.maker.stack(scored)
 
     def _varying(self, refill: Refill, prompts: Sequence[Prompt]) -> RolloutBatch:
         """As many groups whose rewards vary as there are prompts, from these prompts and others."""
@@ -241,7 +106,7 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
         def sample(number: int) -> list[ScoredGroup]:
             chosen = prompts if number == 0 else self.stream.take(len(prompts))
             seed = derive_seed(self.seed, self.rank, self.batches_made, *([number] if number else []))
-            last[:] = self.maker.scored(self.maker.sample(chosen, seed))
+            last[:] = self.maker.rollouts(chosen, seed)
             return last
 
         scored, counts = refill.fill(
@@ -316,7 +181,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[RolloutBatch]:
         for i in range(len(self)):
             part = slice(i * self.prompts_per_batch, (i + 1) * self.prompts_per_batch)
-            groups = self.maker.sample(self.prompts[part], derive_seed("eval", self.seed, self.rank, i))
-            batch = self.maker.collate(groups)
+            seed = derive_seed("eval", self.seed, self.rank, i)
+            batch = self.maker.stack(self.maker.rollouts(self.prompts[part], seed))
             counted: Tensor = torch.tensor(self.counted[part])[batch.group]
             yield batch.with_extra(counted=counted)

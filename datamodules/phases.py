@@ -67,6 +67,11 @@ class Phases:
         return seconds
 
 
+def raise_in(thread_id: int, error: type[BaseException]) -> None:
+    """Raise in another thread, as soon as Python code runs there: the one documented way (C API)."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(error))
+
+
 class _Watch:
     """One armed deadline: a timer thread that raises in the thread that entered, then ends the process."""
 
@@ -97,14 +102,11 @@ class _Watch:
         ):  # the block may have ended in between: then nothing must be raised in whatever follows it
             if self.done.is_set():
                 return
-            # The one documented way to raise in another thread (C API). It takes a class, so the class carries
-            # the message.
+            # It takes a class, so the class carries the message.
             error = type(
                 "PhaseTimeout", (PhaseTimeout,), {"__str__": lambda _, message=self.message: message}
             )
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self.thread_id), ctypes.py_object(error)
-            )
+            raise_in(self.thread_id, error)
         if self.done.wait(self.grace_s):
             return
         print(

@@ -6,13 +6,14 @@ Papers: ProRL (2505.24864), GRPO (2402.03300), DAPO (2503.14476), Dr. GRPO (2503
 
 | symbol | here |
 |---|---|
-| π, π_old, μ, ref | policy, the policy before any update on the rollout, sampler, reference: at ``temperature`` |
+| π, π_old, μ, ref | policy, the policy before any update on the rollout, sampler, reference |
 | log π, log π_old, log μ, log ref | ``logp_N``, ``logp_old_N``, ``logmu_N``, ``logp_ref_N`` |
 | A | ``extra["advantage"]``, ``[B]`` |
 | r = π/π_old | ``ratio`` in the metrics; 1 throughout with one optimizer step per rollout batch |
 
 With one optimizer step per batch, π_old is π: nothing is computed twice, no clip acts, and the loss is about 0 although
-its gradient is not. Rewards come with the batch; NaN could not be scored and has advantage 0.
+its gradient is not. Rewards come with the batch; NaN could not be scored and has advantage 0. All
+log-probabilities are at the temperature the batch was sampled with (``sampled.py``).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName, preset
 from lightning_onpolicy.modules.references import Reference, reference_of
+from lightning_onpolicy.modules.sampled import temperature_of
 from lightning_onpolicy.modules.specs import ModelSpec
 
 _CONTROL_KEY = "onpolicy_entropy_control"
@@ -71,8 +73,7 @@ class ProRLGRPO(OnPolicyModule):
             optimizer step.
         reduction_length: L of ``constant``: the longest response, in tokens.
         positive_nll: Coefficient of the negative log-likelihood of correct responses (reward 1), and of rows the
-            policy did not sample, which have no other loss.
-        temperature: Of training; must equal the sampling temperature.
+            policy did not sample, which have no other loss and are graded at temperature 1.
         optimizer: From parameters to an optimizer; default: AdamW with the recipe's learning rate.
         scheduler: From the optimizer to a schedule.
         loop: How a rollout batch becomes optimizer steps; default: the recipe's minibatches.
@@ -95,7 +96,6 @@ class ProRLGRPO(OnPolicyModule):
         reduction: PolicyReduction | None = None,
         reduction_length: int | None = None,
         positive_nll: float = 0.0,
-        temperature: float | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         loop: LoopSpec | None = None,
@@ -122,7 +122,6 @@ class ProRLGRPO(OnPolicyModule):
         if reduction_length is None and self.reduction == "constant":
             reduction_length = base.reduction_length
         self.reduction_length = reduction_length
-        self.temperature = base.temperature if temperature is None else temperature
         constant = self.reduction == "constant"
         _check(
             constant == (reduction_length is not None) and (reduction_length or 1) > 0,
@@ -131,7 +130,6 @@ class ProRLGRPO(OnPolicyModule):
             "the longest response in tokens with reduction constant, and left out otherwise",
         )
         _check(positive_nll >= 0, "positive_nll", positive_nll, ">= 0")
-        _check(self.temperature > 0, "temperature", self.temperature, "> 0")
         self.entropy_control = EntropyControl(self.entropy)
         self.reference = None
         self.save_hyperparameters(
@@ -142,7 +140,6 @@ class ProRLGRPO(OnPolicyModule):
                 **dataclasses.asdict(self.objective),
                 "reduction": self.reduction,
                 "reduction_length": reduction_length,
-                "temperature": self.temperature,
                 "loop": dataclasses.asdict(self.loop),
             }
         )
@@ -222,29 +219,19 @@ class ProRLGRPO(OnPolicyModule):
 
     def _reference_logp(self, micro: RolloutBatch) -> Tensor:
         assert self.reference is not None
-        return self.reference.logp(self.policy, micro.input_ids, micro.response_mask, self.temperature)
+        return self.reference.logp(self.policy, micro.input_ids, micro.response_mask, temperature_of(micro))
 
     def _stats(self, micro: RolloutBatch, outputs: tuple[str, ...]) -> Any:
         return self.policy(
             micro.input_ids,
             micro.response_mask,
             outputs=outputs,
-            temperature=self.temperature,
+            temperature=temperature_of(micro),
             budget_bytes=self.loop.head_budget_mb * 2**20,
         )
 
     def _refuse(self, batch: RolloutBatch) -> None:
-        how = batch.sampling
-        if how is not None and bool(batch.on_policy.any()):
-            tau = how.temperature
-            _check(
-                tau == self.temperature, "temperature", self.temperature, f"the sampling temperature, {tau}"
-            )
-            if how.truncates:
-                raise ValueError(
-                    "top_p, top_k, min_p and min_new_tokens take tokens out of the sampler's distribution, which the "
-                    "policy's log-probabilities do not: leave them at their defaults."
-                )
+        temperature_of(batch)  # refuses a batch with no right one before anything is computed
         if self.objective.positive_nll == 0 and not bool(batch.on_policy.all()):
             raise ValueError(
                 "the batch has rows the policy did not sample, and nothing to learn from them: set positive_nll, or "

@@ -217,7 +217,7 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
         )
         metrics = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
         if "groups/sampled" in metrics:  # both are means over ranks
-            metrics["groups/varying_share"] = metrics["groups/varying"] / metrics["groups/sampled"]
+            metrics["groups/filtered_share"] = 1 - metrics["groups/varying"] / metrics["groups/sampled"]
         return metrics
 
     def report(self, stage: str, metrics: Mapping[str, float], batch: RolloutBatch) -> dict[str, float]:

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     ParallelStrategy,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 
@@ -70,7 +71,7 @@ def average_gradients(parameters: list[nn.Parameter], ranks: int) -> None:
 
 
 def refuse_unfit(trainer: Any) -> None:
-    """Raise for strategies and precisions on which manual optimisation would be silently wrong."""
+    """Raise where manual optimisation would be silently wrong; warn where ranks would repeat each other's work."""
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError("FSDP1 cannot run manual optimisation: use ModelParallelStrategy (FSDP2) instead.")
     if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -79,6 +80,14 @@ def refuse_unfit(trainer: Any) -> None:
         raise ValueError(
             "precision=16-mixed scales losses, which clipping here does not undo: use bf16-mixed."
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        ranks, data = int(trainer.world_size), data_parallel_size(trainer)
+        if data < ranks:  # Lightning's default within a node
+            rank_zero_warn(
+                f"ModelParallelStrategy made {ranks // data} of {ranks} ranks tensor-parallel peers, and the policy is "
+                "not split that way: they all do the same work. Pass "
+                f"ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1) to share it."
+            )
 
 
 def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:

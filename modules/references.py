@@ -35,7 +35,7 @@ class PolicyCopy(FrozenPolicy):
         self.load_state_dict(dict(policy.state_dict() if state is None else state))
 
     @torch.no_grad()
-    def logp(self, policy: Policy, input_ids: Tensor, select: Tensor, temperature: float) -> Tensor:
+    def logp(self, policy: Policy, input_ids: Tensor, select: Tensor, temperature: float | Tensor) -> Tensor:
         """``[N]`` log-probabilities of the selected tokens; ``policy`` is not looked at."""
         return self(input_ids, select, temperature=temperature).logp  # type: ignore[no-any-return]
 
@@ -88,7 +88,7 @@ class AdapterCopy(nn.Module):
                     own[name].copy_(value)
 
     @torch.no_grad()
-    def logp(self, policy: Policy, input_ids: Tensor, select: Tensor, temperature: float) -> Tensor:
+    def logp(self, policy: Policy, input_ids: Tensor, select: Tensor, temperature: float | Tensor) -> Tensor:
         """``[N]`` log-probabilities of the selected tokens under the policy's base with these adapters."""
         with self._lent(policy), eval_mode(policy):
             return policy(input_ids, select, temperature=temperature).logp  # type: ignore[no-any-return]

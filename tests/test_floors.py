@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("callbacks", "configs", "datamodules", "kernels", "modules")
 # Packages that some of our modules use, but only once the feature is used.
-ON_DEMAND = ("bitsandbytes", "math_verify", "matplotlib", "reasoning_gym", "triton", "trl", "vllm")
+ON_DEMAND = ("bitsandbytes", "math_verify", "matplotlib", "openai", "reasoning_gym", "triton", "trl", "vllm")
 ABOVE_TORCH = (
     *ON_DEMAND,
     *("datasets", "jsonargparse", "lightning", "lightning_utilities", "peft", "pytorch_lightning"),

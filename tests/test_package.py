@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [
     Requirement(line)
-    for name in ("gym", "plot", "verify", "dev")
+    for name in ("collect", "gym", "plot", "verify", "dev")
     for line in PROJECT["optional-dependencies"][name]
 ]
 WITH_EXAMPLES = sorted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -73,4 +73,28 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that hands groups over as they finish, so that they can be scored while others are sampled."""
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """Draw what :meth:`generate` would.
+
+        Args:
+            prompts: Token ids, none empty.
+            n: Completions per prompt.
+            sampling: How tokens are drawn.
+            seed: As for :meth:`generate`.
+            done: Called in this thread, once per prompt in any order, with its number and its ``n`` completions.
+        """
         ...

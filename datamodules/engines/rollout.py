@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from lightning_onpolicy.datamodules.engines.sampling import distribution, draw, 
 
 _FINISH: tuple[FinishReason, ...] = ("eos", "stop", "length")
 _RUNNING = -1
+_LOTS = 16  # about so many times groups are handed over: all records are gone through each time
 
 
 class TextDecoder(Protocol):
@@ -48,6 +49,7 @@ class Rollout:
         pace: Is asked before every forward pass.
         device: Where the policy lives.
         text: Decodes tails; needed if there are stop strings.
+        done: Gets each prompt's number and completions soon after all are there; None: nobody waits for them.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Rollout:
         pace: Pace,
         device: torch.device,
         text: TextDecoder | None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> None:
         self.policy, self.prompts, self.n, self.sampling, self.seed = policy, prompts, n, sampling, seed
         self.limits, self.pace, self.device, self.text = limits, pace, device, text
+        self.done = done
         self.lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.long)
         self.stop_ids = torch.tensor(
             sorted({*policy.eos_token_ids, *sampling.stop_token_ids}), dtype=torch.long
@@ -77,6 +81,8 @@ class Rollout:
         self.rows = self._new_rows([])
         self.finish = torch.full((len(prompts) * n,), _RUNNING)
         self.records: list[tuple[Tensor, Tensor, Tensor]] = []  # per draw: sample, token, log-probability
+        self.groups: list[list[Completion]] = [[] for _ in prompts]
+        self.left = torch.zeros(len(prompts), dtype=torch.bool)  # handed over
 
     def run(self, version: int) -> list[list[Completion]]:
         """All completions, stamped with ``version``."""
@@ -87,7 +93,10 @@ class Rollout:
                 self._join()
             else:
                 self._step()
-        return self._completions(version)
+            if self.done is not None:
+                self._hand_over(version, at_least=max(1, len(self.prompts) // _LOTS))
+        self._hand_over(version, at_least=1)
+        return self.groups
 
     def dummy_step(self) -> None:
         """A forward pass of one token, for the sake of other ranks."""
@@ -229,18 +238,30 @@ class Rollout:
 
     # -- results ----------------------------------------------------------------------------------
 
-    def _completions(self, version: int) -> list[list[Completion]]:
+    def _hand_over(self, version: int, at_least: int) -> None:
+        """Complete groups leave, if there are so many; what is recorded of others stays, in order of time."""
+        ready = (self.finish.view(-1, self.n) != _RUNNING).all(1) & ~self.left
+        numbers = ready.nonzero()[:, 0].tolist()
+        if len(numbers) < at_least:
+            return
         sample, token, logp = (torch.cat(parts) for parts in zip(*self.records, strict=True))
+        leaves = ready[sample // self.n]
+        self.records = [(sample[~leaves], token[~leaves], logp[~leaves])]
+        sample, token, logp = sample[leaves], token[leaves], logp[leaves]
         order = sample.argsort(stable=True)  # draws are in order of time, so this is by sample, then position
-        sizes = sample.bincount(minlength=len(self.finish)).tolist()
+        sizes = sample.bincount(minlength=len(self.finish))[ready.repeat_interleave(self.n)].tolist()
         done = [
             # clones, because a view would carry everybody's tokens along when it is pickled
             Completion(ids.clone(), logps.clone(), _FINISH[code], version)
             for ids, logps, code in zip(
                 torch.split(token[order], sizes),
                 torch.split(logp[order], sizes),
-                self.finish.tolist(),
+                self.finish.view(-1, self.n)[ready].view(-1).tolist(),
                 strict=True,
             )
         ]
-        return [done[i : i + self.n] for i in range(0, len(done), self.n)]
+        self.left |= ready
+        for i, number in enumerate(numbers):
+            self.groups[number] = done[i * self.n : (i + 1) * self.n]
+            if self.done is not None:
+                self.done(number, self.groups[number])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
-from lightning_onpolicy.datamodules.engines.base import Decoder, RolloutEngine
+from lightning_onpolicy.datamodules.engines.base import Decoder, StreamingEngine
 from lightning_onpolicy.datamodules.engines.lockstep import Pace, has_peers, is_sharded
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.datamodules.engines.rollout import Rollout, TextDecoder
 from lightning_onpolicy.datamodules.engines.rows import Limits
 
 
-class TransformersEngine(RolloutEngine):
+class TransformersEngine(StreamingEngine):
     """Samples from a policy in its own process, on its own weights: policy lag is 0 and there is nothing to
     sync.
 
@@ -111,6 +111,27 @@ class TransformersEngine(RolloutEngine):
             TimeoutError: If ``deadline_s`` passes.
             FloatingPointError: If the policy's logits are not finite.
         """
+        return self._generate(prompts, n, sampling, seed, None)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """As :meth:`generate`; ``done`` gets each prompt's completions soon after all are there."""
+        self._generate(prompts, n, sampling, seed, done)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, list[Completion]], None] | None,
+    ) -> list[list[Completion]]:
         policy = self.policy
         assert isinstance(policy, nn.Module)
         device = next(policy.parameters()).device
@@ -122,7 +143,7 @@ class TransformersEngine(RolloutEngine):
             pace.refuse()
             raise
         with eval_mode(policy), torch.no_grad():
-            rollout = Rollout(policy, prompts, n, sampling, seed, limits, pace, device, text=self.tokenizer)
+            rollout = Rollout(policy, prompts, n, sampling, seed, limits, pace, device, self.tokenizer, done)
             completions = rollout.run(self.version)
             while shared and pace.tick(working=False, unfinished=0):
                 rollout.dummy_step()

@@ -60,6 +60,8 @@ class CodeReward(Reward):
         >>> reward.close()
     """
 
+    concurrent = True
+
     def __init__(
         self,
         partial: bool = True,

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_onpolicy.datamodules.rewards.base import Reward
+from lightning_onpolicy.datamodules.rewards.base import Reward, is_concurrent
 
 if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import Group
@@ -22,6 +22,11 @@ class CompositeReward(Reward):
     """A reward with named rewards inside."""
 
     inner: Mapping[str, Reward]
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether all rewards inside are."""
+        return all(is_concurrent(reward) for reward in self.inner.values())
 
     @abstractmethod
     def score_parts(self, groups: Sequence[Group]) -> tuple[Scores, dict[str, Scores]]:

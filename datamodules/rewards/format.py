@@ -33,6 +33,8 @@ class TagReward(Reward):
         [[1.0, 0.0]]
     """
 
+    concurrent = True
+
     def __init__(
         self,
         tags: Sequence[str] = ("think", "answer"),

@@ -29,6 +29,7 @@ class Overlong(CompletionShaper):
     Args:
         max_tokens: L.
         buffer: C, the width of the slope.
+        factor: Of the penalty. DAPO's answers earn 1 or −1; where they earn 1 or 0, the same trade is 0.5.
 
     Example:
         >>> [Overlong(max_tokens=100, buffer=20).penalty(T) for T in (80, 90, 100, 200)]
@@ -37,13 +38,15 @@ class Overlong(CompletionShaper):
 
     max_tokens: int
     buffer: int
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         require(0 < self.buffer <= self.max_tokens, "Overlong.buffer", self.buffer, "in [1, max_tokens]")
+        require(self.factor > 0, "Overlong.factor", self.factor, "positive")
 
     def penalty(self, tokens: int) -> float:
         """What is added to the reward of a response of so many tokens."""
-        return max(-1.0, min(0.0, (self.max_tokens - self.buffer - tokens) / self.buffer))
+        return self.factor * max(-1.0, min(0.0, (self.max_tokens - self.buffer - tokens) / self.buffer))
 
     def one(self, prompt: Prompt, completion: Completion, reward: float, task: float) -> float:
         """R plus the penalty."""

@@ -36,6 +36,7 @@ class PooledReward(Reward):
     """
 
     target: ClassVar[str]
+    concurrent = True
 
     def __init__(
         self,

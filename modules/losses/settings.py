@@ -20,15 +20,15 @@ Std = Literal["population", "bessel"]
 
 #: Clip bounds (low, high) of each surrogate where none are given: the papers' own.
 BOUNDS: dict[str, tuple[float, float]] = {
-    "clip": (0.2, 0.2),
-    "gspo": (3e-4, 4e-4),
-    "gmpo": (0.4, 0.4),
-    "cispo": (1.0, 4.0),  # weights in [0, 5]: ScaleRL's cap
+    "clip": (0.2, 0.2),  # PPO, 1707.06347; GRPO states none
+    "gspo": (3e-4, 4e-4),  # 2507.18071, §5.1
+    "gmpo": (0.4, 0.4),  # 2507.20673: ratios in (e^-0.4, e^0.4)
+    "cispo": (1.0, 4.0),  # weights in [0, 5]: ScaleRL (2510.13786); MiniMax-M1 n/s
 }
 #: Weights (low, high) of each correction where none are given.
 WEIGHTS: dict[str, tuple[float, float]] = {
-    "tis": (0.0, 2.0),
-    "icepop": (0.5, 5.0),  # both ProRL v2 ports
+    "tis": (0.0, 2.0),  # C = 2: its authors' 32B example, and verl's default
+    "icepop": (0.5, 5.0),  # both ProRL v2 ports (NeMo-RL, OpenRLHF)
     "sequence_mask": (0.999, 1.002),  # NeMo-RL v2.1 (MoE)
     "sequence_mask_tis": (0.999, 1.002),
 }

@@ -1,6 +1,6 @@
-"""The ``onpolicy`` command: ``fit``, ``validate``, ``test``, ``predict``, ``ls``, ``cp``.
+"""The ``onpolicy`` command: ``fit``, ``validate``, ``test``, ``predict``, ``collect``, ``ls``, ``cp``.
 
-Everything after the sub-command is LightningCLI's; ``-c NAME`` also finds packaged configurations.
+Everything after the first four is LightningCLI's; ``-c NAME`` also finds packaged configurations.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ USAGE = """usage: onpolicy COMMAND …
   fit, validate, test, predict   run a configuration: onpolicy fit -c quickstart/opd
                                  (-c takes a file or a name from `onpolicy ls`; several are merged in order;
                                  --help and --print_config show every option)
+  collect                        fill a file to train on with a teacher's answers, from any OpenAI-compatible API
+                                 (--help shows every option; exit code 3: some rows failed, 4: the cap was reached)
   ls                             list the packaged configurations
   cp NAME DEST                   copy one for editing
 
@@ -70,6 +72,10 @@ def _run(args: list[str]) -> None:
             raise SystemExit(2)
         print(copy_config(args[1], args[2]))
         return
+    if command == "collect":
+        from lightning_onpolicy.datamodules.collect.command import main as collect
+
+        raise SystemExit(collect(args[1:]))
     if command not in COMMANDS:
         print(f"onpolicy: error: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)

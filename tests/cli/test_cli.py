@@ -46,7 +46,8 @@ def test_it_says_how_it_is_used(capsys: Any) -> None:
         assert onpolicy(*args) == 0
         out = capsys.readouterr().out
         assert all(
-            word in out for word in ("130", "143", "fit", "validate", "test", "predict", "ls", "cp NAME DEST")
+            word in out
+            for word in ("130", "143", "fit", "validate", "test", "predict", "collect", "ls", "cp NAME DEST")
         )
 
 

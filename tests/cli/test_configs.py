@@ -68,12 +68,16 @@ def test_other_configurations_run_on_stand_ins(
     )
     named = config["data"]["init_args"]["train"]["init_args"]
     key, messages = named.get("prompt_key", "prompt"), named.get("messages_key")
-    rows: list[dict[str, Any]] = [{key: f"t{i} t{i + 1}", "response": "t3 t4"} for i in range(8)]
+    # What the rewards of every domain read, and an answer that a number at the response's end may hit.
+    verified = {"domain": "stem", "answer": [str(digit) for digit in range(10)]}
+    rows: list[dict[str, Any]] = [{key: f"t{i} t{i + 1}", "response": "t3 t4", **verified} for i in range(8)]
     if messages:
         rows = [{messages: [{"role": "user", "content": f"t{i}"}]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stand_in: dict[str, Any] = {"model": {"init_args": {}}, "data": {"init_args": {}}}
     for key, path in (("student", student), ("teacher", teacher)):
+        if key not in config["model"]["init_args"]:
+            continue
         keep = {
             k: v
             for k, v in config["model"]["init_args"][key].items()
@@ -81,12 +85,12 @@ def test_other_configurations_run_on_stand_ins(
         }
         stand_in["model"]["init_args"][key] = {"path": path, "tokenizer": path, "dtype": "float32", **keep}
     stand_in["trainer"] = {"precision": "32-true", "accelerator": "cpu"}
-    stand_in["data"]["init_args"]["train"] = {
-        "class_path": "FileSource",
-        "init_args": {"path": str(tmp_path / "rows.jsonl")},
-    }
-    how = config["data"]["init_args"]["sampling"]
-    stand_in["data"]["init_args"]["sampling"] = {**how, "max_new_tokens": 8}
+    given, stood = config["data"]["init_args"], stand_in["data"]["init_args"]
+    for split in {"train", "val"} & given.keys():
+        stood[split] = {"class_path": "FileSource", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
+    stood["group_size"] = min(given["group_size"], 16)
+    for how in {"sampling", "eval_sampling"} & given.keys():
+        stood[how] = {**given[how], "max_new_tokens": 8}
     overlay = tmp_path / "stand_in.yaml"
     overlay.write_text(yaml.safe_dump(stand_in))
     main(["fit", "-c", name, "-c", str(overlay), *small(tmp_path)])

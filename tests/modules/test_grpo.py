@@ -351,7 +351,7 @@ def test_settings_come_from_the_recipe_unless_given() -> None:
     module = ProRLGRPO(toys.policy(0), "prorl_v1", surrogate=SurrogateSpec("cispo"))
     assert module.kl == KLSpec(1e-4, gradient="forward")
     assert module.objective.surrogate == SurrogateSpec("cispo")
-    assert (module.temperature, module.loop.minibatches, module.reduction) == (1.2, 4, "token_mean")
+    assert (module.loop.minibatches, module.reduction) == (4, "token_mean")
     module.configure_model()
     assert module.configure_optimizers().param_groups[0]["lr"] == 2e-6
     constant = ProRLGRPO(toys.policy(0), "dr_grpo")
@@ -367,20 +367,11 @@ def test_settings_come_from_the_recipe_unless_given() -> None:
         ({"reduction": "constant"}, "reduction_length"),
         ({"reduction_length": 5}, "reduction_length"),
         ({"positive_nll": -1.0}, "positive_nll"),
-        ({"temperature": 0.0}, "temperature"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_key(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grpo(**settings)
-
-
-@pytest.mark.parametrize(("key", "value"), [("temperature", 0.7), ("top_p", 0.9), ("top_k", 5)])
-def test_another_sampling_distribution_is_refused(key: str, value: Any) -> None:
-    """Catches: a policy gradient of one distribution on samples of another."""
-    batch = dataclasses.replace(sampled(), sampling=Sampling(**{key: value}))
-    with pytest.raises(ValueError, match=key):
-        fit(grpo(), [batch])
 
 
 def bandit(prompt: Any, text: str) -> float:
@@ -392,7 +383,7 @@ def bandit(prompt: Any, text: str) -> float:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"recipe": "prorl_v1", "temperature": 1.0, "loop": LoopSpec(minibatches=2)},
+        {"recipe": "prorl_v1", "loop": LoopSpec(minibatches=2)},
         {"recipe": "prorl_v2", "loop": LoopSpec(updates=2, minibatches=2)},
         {"recipe": "dr_grpo", "reduction_length": 4},
         {"recipe": "grpo", "surrogate": SurrogateSpec("gspo"), "loop": LoopSpec(minibatches=2)},

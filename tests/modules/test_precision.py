@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,13 @@ import pytest
 import torch
 import toys
 from fits import trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from workspace import Remember, onpolicy, workspace
 
 from lightning_onpolicy.datamodules.batch import Sampling
@@ -73,6 +80,19 @@ def test_what_would_be_silently_wrong_is_refused_in_one_sentence(
 def test_what_works_is_not_refused(precision: str) -> None:
     for strategy in (SingleDeviceStrategy(), DDPStrategy()):
         parallel.refuse_unfit(SimpleNamespace(strategy=strategy, precision=precision))
+
+
+@pytest.mark.parametrize(("replicas", "warned"), [(1, True), (2, True), (4, False)])
+def test_ranks_that_repeat_each_others_work_are_warned_of(replicas: int, warned: bool) -> None:
+    """Catches: Lightning's default, tensor parallelism within a node, which trains alike at a fraction of the speed."""
+    strategy = object.__new__(type("Split", (ModelParallelStrategy,), {"distributed_sampler_kwargs": None}))
+    type(strategy).distributed_sampler_kwargs = {"num_replicas": replicas}  # as it reports once it is set up
+    run = SimpleNamespace(strategy=strategy, precision="bf16-mixed", world_size=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parallel.refuse_unfit(run)
+    said = [str(w.message) for w in caught]
+    assert any("data_parallel_size=4, tensor_parallel_size=1" in text for text in said) is warned, said
 
 
 @pytest.fixture(scope="module")

@@ -89,18 +89,21 @@ def test_every_recipe_is_there_with_its_numbers() -> None:
         "brorl": (0.2, 0.28, 1e-4, "reinforce_pp_baseline", 128, 4, 2.8e-6, 1.0),
         "justrl": (0.2, 0.28, 0.0, "group_zscore", 256, 4, 1e-6, 1.0),
         "dapo": (0.2, 0.28, 0.0, "group_zscore", 512, 16, 1e-6, 1.0),
-        "dr_grpo": (0.2, 0.2, 0.0, "mean_centred", 128, 1, 1e-6, 1.0),
+        "dr_grpo": (0.2, 0.2, 0.0, "mean_centred", 128, 8, 1e-6, 1.0),
         "grpo": (0.2, 0.2, 0.04, "group_zscore", 16, 1, 1e-6, 1.0),
     }
     first = preset("prorl_v1")
     assert first.dynamic_sampling
     assert first.reset is not None
-    assert dataclasses.astuple(first.reset) == (400, True)
+    assert dataclasses.astuple(first.reset) == (400, True, 0)
     assert [(s.context, s.group_size) for s in first.stages] == [(8096, 16), (8096, 32), (16384, 16)]
     assert first.kl.gradient == "forward"
     second = preset("prorl_v2")
     assert second.reset is not None
-    assert not second.reset.optimizer
+    assert dataclasses.astuple(second.reset) == (500, False, 200)
+    assert preset("brorl").reset == second.reset
+    assert preset("brorl").correction == CorrectionSpec("tis")
+    assert preset("justrl").surrogate.dual == 10
     assert second.kl.gradient == "reverse"
     assert preset("dr_grpo").reduction == "constant"
     assert [name for name, p in PRESETS.items() if p.reset is None and not p.dynamic_sampling] == [

@@ -13,9 +13,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hostile
 import pytest
@@ -26,7 +27,10 @@ from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 from lightning_onpolicy.datamodules.gym import GymSource
 from lightning_onpolicy.datamodules.rewards.code import CodeReward
 from lightning_onpolicy.datamodules.rewards.gym import GymReward
+from lightning_onpolicy.datamodules.rewards.instructions import InstructionReward
+from lightning_onpolicy.datamodules.rewards.math import MathReward
 from lightning_onpolicy.datamodules.rewards.sandbox import find
+from lightning_onpolicy.datamodules.rewards.stem import ChoiceReward, NumericReward
 from lightning_onpolicy.datamodules.rewards.tiers import Tier, Wall
 
 CANARY = "canary"
@@ -233,6 +237,45 @@ def test_hostile_answers_get_nothing(task: str, tmp_path: Path) -> None:
     assert scores[1::2] == [1.0] * len(answers)
     assert not mark.exists()
     assert seconds < 30
+
+
+SHORT = {"workers": 2, "deadline_s": 1.0}
+VERIFIERS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "math": (lambda: MathReward(**SHORT), {"answer": "x + 7/3"}, "\\boxed{\\frac73 + x}"),
+    "choice": (lambda: ChoiceReward(**SHORT), {"answer": "C"}, "\\boxed{C}"),
+    "numeric": (lambda: NumericReward(**SHORT), {"answer": "20 m/s"}, "\\boxed{72 km/h}"),
+    "instructions": (
+        lambda: InstructionReward(**SHORT),
+        {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["serendipity"]}]},
+        "Serendipity!",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_hostile_answers_get_nothing_from_other_verifiers(name: str, tmp_path: Path) -> None:
+    """As they are, in a box and after "the answer is"; a right answer between each two of them is scored."""
+    if name == "math":
+        pytest.importorskip("math_verify", reason="needs the extra lightning-onpolicy[verify]")
+    make, row, right = VERIFIERS[name]
+    mark = tmp_path / "mark"
+    answers = [answer.replace("@MARK@", str(mark)) for answer in ANSWERS]
+    texts = [
+        form.format(answer) for answer in answers for form in ("{}", "\\boxed{{{}}}", "The answer is {}")
+    ]
+    reward = make()
+    try:
+        reward.pool.start()
+        start = time.monotonic()
+        scores = reward.score([group(row, *(text for attempt in texts for text in (attempt, right)))])[0]
+        seconds = time.monotonic() - start
+    finally:
+        reward.close()
+    assert set(scores[::2]) <= {0.0, None}
+    assert scores[1::2] == [1.0] * len(texts)
+    assert not mark.exists()
+    assert seconds < 60
 
 
 def test_there_are_enough_of_them() -> None:

@@ -74,6 +74,10 @@ def test_overlong_is_zero_then_a_slope_then_minus_one(T: int, expected: float) -
 def test_overlong_has_the_numbers_of_the_paper() -> None:
     dapo = Overlong(20480, 4096)
     assert [dapo.penalty(T) for T in (16384, 18432, 20480, 20481)] == [0.0, -0.5, -1.0, -1.0]
+    half = Overlong(20480, 4096, factor=0.5)  # 1 and 0 with it are 1 and -1 without, halved and moved
+    for T, (right, wrong) in {18432: (0.75, -0.25), 30000: (0.5, -0.5)}.items():
+        assert shaped(half, [T, T], [1.0, 0.0]) == [right, wrong]
+        assert [(x + 1) / 2 for x in shaped(dapo, [T, T], [1.0, -1.0])] == [right, wrong]
 
 
 def test_stop_properly_asks_the_finish_reason_and_spares_no_one() -> None:
@@ -146,6 +150,7 @@ def test_a_schedule_goes_by_the_version_that_sampled() -> None:
     [
         (lambda: Overlong(100, 0), "Overlong.buffer"),
         (lambda: Overlong(10, 20), "Overlong.buffer"),
+        (lambda: Overlong(20, 10, factor=0.0), "Overlong.factor"),
         (lambda: StopProperly(1.5), "StopProperly.factor"),
         (lambda: Cosine(0), "Cosine.max_tokens"),
         (lambda: Cosine(9, right=(2.0, 1.0)), "Cosine.right"),

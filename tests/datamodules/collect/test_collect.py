@@ -1,0 +1,235 @@
+"""Collecting from a server that misbehaves: nothing lost, nothing paid twice, everything said."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import pytest
+from teacher_server import TOKENS_OUT, TeacherServer
+
+from lightning_onpolicy.datamodules.collect.plan import body, plan
+from lightning_onpolicy.datamodules.sources import FileSource
+
+PROMPTS = [f"question {i}" for i in range(6)]
+
+
+def ordered(request: dict[str, Any]) -> dict[str, Any]:
+    """With its keys in order, to compare as text."""
+    return dict(sorted(request.items()))
+
+
+def test_every_sample_is_a_request_and_rows_say_where_they_come_from(run: Any) -> None:
+    with TeacherServer() as server:
+        assert (
+            run(server.url, PROMPTS, samples=3, temperature=0.7, stop=["END"], extra_body={"top_k": 5}) == 0
+        )
+        assert len(server.requests) == 18
+        settings = run.settings(
+            server.url, PROMPTS, samples=3, temperature=0.7, stop=["END"], extra_body={"top_k": 5}
+        )
+    todo = plan(FileSource(settings.prompts), settings)
+    wanted = [body(settings, unit.messages, k) for unit in todo.units for k in range(3)]
+    sent = [request["body"] for request in server.requests]
+    assert sorted(map(json.dumps, map(ordered, sent))) == sorted(map(json.dumps, map(ordered, wanted)))
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    rows = run.rows()
+    assert [row["uid"] for row in rows] == [f"prompts/{i}" for i in range(6)]
+    for i, row in enumerate(rows):
+        assert row["messages"] == [{"role": "user", "content": PROMPTS[i]}] and row["answer"] == i
+        assert "prompt" not in row
+        for text in row["responses"]:
+            assert re.fullmatch(rf"answer \d+ to {PROMPTS[i]}", text)
+        assert row["finish_reasons"] == ["stop"] * 3
+        assert row["refused"] == row["truncated"] == row["empty"] == [False] * 3
+        assert row["model"] == "teacher" and row["reported_models"] == ["teacher-2026-11"] * 3
+        assert row["sampling"] == {
+            "temperature": 0.7,
+            "max_tokens": 16,
+            "stop": ["END"],
+            "top_k": 5,
+            "seed": 0,
+        }
+        assert [u["completion_tokens"] for u in row["usage"]] == [TOKENS_OUT] * 3
+        assert row["request_ids"] == ["req-1"] * 3 and row["fingerprints"] == ["fp_1"] * 3
+        assert all(time.startswith("20") and time.endswith("+00:00") for time in row["times"])
+    texts = [text for row in rows for text in row["responses"]]
+    assert len(set(texts)) == 18, "one answer per request"
+
+
+def test_a_second_run_sends_nothing_and_changes_nothing(run: Any) -> None:
+    with TeacherServer() as server:
+        assert run(server.url, PROMPTS, samples=2) == 0
+        before = (run.folder / "out.jsonl").read_bytes()
+        assert run(server.url, PROMPTS, samples=2) == 0
+        assert len(server.requests) == 12
+        assert (run.folder / "out.jsonl").read_bytes() == before
+        assert "12 answers from the cache, 0 requests sent" in run.said
+        (run.folder / "out.jsonl").unlink()
+        assert run(server.url, PROMPTS, samples=2) == 0
+        assert len(server.requests) == 12
+    assert (run.folder / "out.jsonl").read_bytes() == before, "the cache alone gives the same file"
+
+
+def test_more_samples_pay_for_the_new_ones_only(run: Any) -> None:
+    with TeacherServer() as server:
+        assert run(server.url, PROMPTS, samples=2) == 0
+        with pytest.raises(ValueError, match=r"line 1 .*'prompts/0'.* other settings.*another out"):
+            run(server.url, PROMPTS, samples=3)
+        assert run(server.url, PROMPTS, samples=3, out="more.jsonl", cache="out.cache.sqlite") == 0
+        assert len(server.requests) == 18
+        assert {request["seed"] for request in server.requests[12:]} == {2}
+    for old, new in zip(run.rows(), run.rows("more.jsonl"), strict=True):
+        assert new["responses"][:2] == old["responses"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.5},
+        {"max_tokens": 17},
+        {"system": "s"},
+        {"extra_body": {"top_k": 1}},
+        {"seed": 1},
+        {"top_p": 0.9},
+    ],
+)
+def test_another_request_is_another_key(change: dict[str, Any], run: Any) -> None:
+    with TeacherServer() as server:
+        assert run(server.url, PROMPTS[:1]) == 0
+        assert run(server.url, PROMPTS[:1], out="b.jsonl", cache="out.cache.sqlite", **change) == 0
+        assert len(server.requests) == 2
+
+
+def test_equal_prompts_share_their_answers(run: Any) -> None:
+    with TeacherServer() as server:
+        assert run(server.url, ["a", "b", "a"], samples=2) == 0
+        assert sorted(server.prompts()) == ["a", "a", "b", "b"]
+    rows = run.rows()
+    assert [row["answer"] for row in rows] == [0, 1, 2]
+    assert rows[0]["responses"] == rows[2]["responses"]
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [
+        ("throttle:0.01", "throttled"),
+        ("error:500", "server_error"),
+        ("error:503", "server_error"),
+        ("error:408", "server_error"),
+        ("error_in_body", "server_error"),
+        ("cut", "cut"),
+        ("half_json", "malformed"),
+        ("html", "malformed"),
+        ("other_shape", "malformed"),
+        ("no_choices", "no_choices"),
+        ("slow:0.01", "timeout"),
+    ],
+)
+def test_passing_failures_are_counted_and_sent_again_by_one_layer_alone(
+    word: str, kind: str, run: Any
+) -> None:
+    """Catches: the client retrying beneath us (requests would multiply), a failure that ends its row or the others."""
+    with TeacherServer({PROMPTS[2]: [word, word, "answer"]}) as server:
+        assert run(server.url, PROMPTS, retries=2, timeout_s=1.0) == 0
+        assert sorted(server.prompts()) == sorted([*PROMPTS, PROMPTS[2], PROMPTS[2]])
+    assert len(run.rows()) == 6 and not run.failed()
+    assert f"requests without an answer: 2 {kind}" in run.said
+
+
+@pytest.mark.parametrize("word", ["throttle:0.01", "error:500", "cut", "half_json", "slow:0.01"])
+def test_failures_that_do_not_pass_give_up_their_row_and_no_other(word: str, run: Any) -> None:
+    with TeacherServer({PROMPTS[2]: [word]}) as server:
+        assert run(server.url, PROMPTS, retries=2, timeout_s=1.0) == 3
+        assert server.prompts().count(PROMPTS[2]) == 3, "retries + 1, and not a power of it"
+        assert len(server.requests) == 8
+        [failed] = run.failed()
+        assert failed["uid"] == "prompts/2" and failed["attempts"] == 3
+        assert "5 of 6 rows answered" in run.said and "1 failed" in run.said
+        assert [row["uid"] for row in run.rows()].count("prompts/2") == 0
+        server.scripts.clear()
+        assert run(server.url, PROMPTS) == 0
+        assert len(server.requests) == 9, "only what was missing"
+    assert [row["uid"] for row in run.rows()] == [f"prompts/{i}" for i in range(6)], "put in order at the end"
+    assert not (run.folder / "out.failed.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [("error:400", "rejected"), ("error:403", "rejected"), ("error:400:content_filter", "content_filter")],
+)
+def test_what_the_server_refuses_is_asked_once(word: str, kind: str, run: Any) -> None:
+    with TeacherServer({PROMPTS[1]: [word]}) as server:
+        assert run(server.url, PROMPTS, samples=3, concurrency=1) == 3
+        assert server.prompts().count(PROMPTS[1]) == 1, "no retry, and no other sample of a row that is lost"
+    assert [(row["uid"], row["kind"]) for row in run.failed()] == [("prompts/1", kind)]
+    assert len(run.rows()) == 5
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [
+        ("error:401", "401"),
+        ("error:404", "404"),
+        ("error:402", "402"),
+        ("error:429:insufficient_quota", "429"),
+    ],
+)
+def test_what_would_fail_for_every_row_stops_the_run(word: str, kind: str, run: Any) -> None:
+    with TeacherServer({"*": [word]}) as server:
+        assert run(server.url, PROMPTS * 3, concurrency=2) == 1
+        assert len(server.requests) <= 2
+        assert kind in run.said and "stopped" in run.said
+        assert "6 not tried" in run.said or "18 not tried" in run.said
+        server.scripts.clear()
+        assert run(server.url, PROMPTS * 3) == 0
+
+
+def test_a_run_in_which_nothing_succeeds_stops(run: Any) -> None:
+    with TeacherServer({"*": ["error:400"]}) as server:
+        assert run(server.url, [f"q{i}" for i in range(200)], concurrency=4) == 1
+        assert len(server.requests) < 30
+    assert "20 prompts failed and none was answered" in run.said
+
+
+def test_nobody_listening_is_typed_and_costs_nothing(run: Any) -> None:
+    with TeacherServer() as server:
+        url = server.url
+    assert run(url, PROMPTS[:1], retries=1, max_tokens_total=1000) == 3
+    assert run.failed()[0]["kind"] == "unreachable"
+    assert "2 unreachable" in run.said and "0 tokens of 1,000 in all" in run.said
+
+
+def test_flags_say_what_became_of_an_answer(run: Any) -> None:
+    words = ["length", "filtered", "refusal", "empty", "thinking", "answer"]
+    with TeacherServer({prompt: [word] for prompt, word in zip(PROMPTS, words, strict=True)}) as server:
+        assert run(server.url, PROMPTS) == 0
+    flags = [[name for name in ("truncated", "refused", "empty") if row[name][0]] for row in run.rows()]
+    assert flags == [["truncated"], ["refused", "empty"], ["refused"], ["empty"], [], []]
+    assert run.rows()[1]["finish_reasons"] == ["content_filter"]
+    assert run.rows()[2]["responses"] == ["I will not."]
+    assert run.rows()[4]["reasoning"] == ["hm"] and run.rows()[5]["reasoning"] == [None]
+    assert "2 refused, 1 truncated, 2 empty" in run.said
+
+
+def test_no_more_requests_at_once_than_asked_for(run: Any) -> None:
+    with TeacherServer(seconds=0.03) as server:
+        assert run(server.url, [f"q{i}" for i in range(30)], concurrency=5) == 0
+        assert server.most_at_once == 5
+
+
+def test_retry_after_holds_everybody_back(run: Any) -> None:
+    """Catches: waits shorter than asked, and others that burn their attempts meanwhile."""
+    with TeacherServer({PROMPTS[0]: ["throttle:0.5", "answer"]}, seconds=0.05) as server:
+        assert run(server.url, PROMPTS, concurrency=1) == 0
+    times = [request["time"] for request in server.requests]
+    assert server.prompts()[:2] == [PROMPTS[0]] * 2
+    assert times[1] - times[0] >= 0.5
+    with TeacherServer({PROMPTS[0]: ["throttle:0.5", "answer"]}, seconds=0.05) as server:
+        assert (
+            run(server.url, [*PROMPTS, *(f"more {i}" for i in range(20))], concurrency=2, out="b.jsonl") == 0
+        )
+    gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(server.requests)]
+    assert max(gaps) >= 0.35, "the other worker waits too"
