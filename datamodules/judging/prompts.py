@@ -1,8 +1,8 @@
 """Prompts for judges: a Jinja template per use, replaceable, with delimiters that no response can close.
 
 The markers around responses carry a tag made from everything that stands between them, so a response that contains
-"end of answer 1" closes nothing: it would have to contain a hash of itself. Templates see ``messages``, ``responses`` (in
-the order presented), ``n``, ``low``, ``high``, ``tag``, ``reference`` and ``hint`` (both may be None).
+"end of answer 1" closes nothing: it would have to contain a hash of itself. Templates see ``messages``, ``responses``
+(in the order presented), ``n``, ``low``, ``high``, ``tag``, ``reference`` and ``hint`` (both may be None).
 """
 
 from __future__ import annotations
