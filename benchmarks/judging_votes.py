@@ -1,10 +1,10 @@
 """What voting over several judgements buys: a scripted, noisy judge, and the library's own orders and votes.
 
-The judge is a rule, so that nothing but the vote is measured: the better of two responses deserves one point more, every
-score has a normal error of 2, a third of the judgements (35 %) know nothing of the difference, and whatever stands in the
-first slot gets a point for it. Scores are whole and from 1 to 10; a tie counts half. Arms: responses shuffled before each
-judgement, left in place (the better one in a random slot, the same each time), rotated, and shuffled with the better half
-of the judgements chosen by a meta model that is nearly an oracle of which judgements are right.
+The judge is a rule, so that nothing but the vote is measured: the better of two responses deserves one point more,
+every score has a normal error of 2, a third of the judgements (35 %) know nothing of the difference, and whatever
+stands in the first slot gets a point for it. Scores are whole and from 1 to 10; a tie counts half. Arms: responses
+shuffled before each judgement, rotated, left in place (the better one in a random slot, the same each time), and
+shuffled with the better half of the judgements chosen by a noisy oracle of which are right.
 
 Usage: python benchmarks/judging_votes.py [--items 4000] [--out benchmarks/results]
 """
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Under PYTHONSAFEPATH a script's own folder is not on the path.
+sys.path.append(str(Path(__file__).parent))
 from common import hardware, write_results
 
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, orders, restored
@@ -25,7 +28,7 @@ from lightning_onpolicy.datamodules.judging.predicate import is_right
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, preference, vote
 
 GAP, SIGMA, BLIND, BONUS, LEVEL = 1.0, 2.0, 0.35, 1.0, 5.5
-META_NOISE = 0.25
+META_NOISE = 0.8
 KS = (1, 2, 4, 8, 16, 32)
 ARMS: dict[str, tuple[OrderKind, bool]] = {
     "shuffled": ("shuffled", False),
@@ -72,13 +75,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for k, column in zip(KS, zip(*worth, strict=True), strict=True):
             mean = sum(column) / len(column)
             spread = sum((x - mean) ** 2 for x in column) / (len(column) - 1)
-            rows.append({"arm": name, "k": k, "accuracy": mean, "half_width": 1.96 * (spread / len(column)) ** 0.5})
+            half = 1.96 * (spread / len(column)) ** 0.5
+            rows.append({"arm": name, "k": k, "accuracy": round(mean, 4), "half_width": round(half, 4)})
     seconds = time.perf_counter() - begun
     for name in ARMS:
         mine = [r for r in rows if r["arm"] == name]
-        print(f"{name:<26}", "  ".join(f"k={r['k']}: {r['accuracy']:.3f} ± {r['half_width']:.3f}" for r in mine))
+        print(
+            f"{name:<26}", "  ".join(f"k={r['k']}: {r['accuracy']:.3f} ± {r['half_width']:.3f}" for r in mine)
+        )
     plot(rows, args.out / "judging-votes.png", args.items)
-    write_results(args.out / "judging-votes", rows, {"items": args.items, "seconds": round(seconds, 1)}, hardware("cpu"))
+    machine = hardware("cpu")
+    write_results(
+        args.out, "judging-votes", rows=rows, machine=machine, items=args.items, seconds=round(seconds, 1)
+    )
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, items: int) -> None:
@@ -100,7 +109,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, items: int) -> None:
     axes.set(xlabel="judgements per item, k", ylabel="accuracy", title="Voting with a scripted, noisy judge")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.text(0.99, 0.02, f"{items:,} items; bands: 95 %", transform=axes.transAxes, ha="right", fontsize=8, color="#666")
+    note = f"{items:,} items; bands: 95 %"
+    axes.text(0.99, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8, color="#666")
     figure.savefig(path, dpi=140)
 
 
