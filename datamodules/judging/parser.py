@@ -1,0 +1,106 @@
+"""Scores out of a judge's text: strictly, in linear time, with a typed outcome.
+
+What counts is the last well-formed ``\\boxed{…}`` after the thinking, with exactly n integers in range, separated by
+commas. Nothing is clamped, rounded or guessed: an answer that is not exactly that is an outcome of its own, and the
+caller decides what it means. Boxes inside a quoted response never come last unless the judge wrote them last.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["ok", "missing", "count", "range", "truncated"]
+
+_OPEN = re.compile(r"\\boxed\s{0,8}\{")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+_MARKS = "$*` \t\n\r"
+MAX_BOX = 4096  # characters; a longer box holds no scores
+MAX_TEXT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What could be read.
+
+    Args:
+        outcome: ``ok``; ``missing`` (no well-formed box of integers), ``count`` (not n values), ``range`` (a value
+            outside), ``truncated`` (none, and the text was cut before it ended).
+        scores: ``[n]`` integers in the order presented; None unless ``ok``.
+    """
+
+    outcome: Outcome
+    scores: tuple[int, ...] | None = None
+
+
+def parse_scores(
+    text: str,
+    n: int,
+    low: int = 1,
+    high: int = 10,
+    *,
+    finished: bool = True,
+    think_end: str | None = "</think>",
+) -> Parsed:
+    """The scores of n responses.
+
+    Args:
+        text: The judge's answer, decoded.
+        n: How many responses it was shown.
+        low: Least score allowed.
+        high: Largest score allowed.
+        finished: Whether the answer ended by itself; one that was cut before its scores is ``truncated``.
+        think_end: What ends the thinking; boxes before its last occurrence do not count. None: no thinking.
+
+    Raises:
+        ValueError: If n or the range makes no sense.
+
+    Example:
+        >>> parse_scores("Both are fine. \\\\boxed{7, 9}", n=2)
+        Parsed(outcome='ok', scores=(7, 9))
+        >>> parse_scores("\\\\boxed{7, 11}", n=2).outcome, parse_scores("7, 9", n=2).outcome
+        ('range', 'missing')
+    """
+    if n < 1 or low > high:
+        raise ValueError(f"parse_scores needs n >= 1 and low <= high, got n={n}, low={low}, high={high}.")
+    if think_end is not None and think_end in text:
+        text = text[text.rindex(think_end) + len(think_end) :]
+    values = _last_box(text[-MAX_TEXT:])
+    if values is None:
+        return Parsed("missing" if finished else "truncated")
+    if len(values) != n:
+        return Parsed("count")
+    if not all(low <= value <= high for value in values):
+        return Parsed("range")
+    return Parsed("ok", tuple(values))
+
+
+def _last_box(text: str) -> list[int] | None:
+    """The integers of the last box that holds nothing else; None if the last box does, or there is none.
+
+    A box whose brace is never closed is no box. One scan from the left finds every box and its end: time is linear in
+    the text, however deeply boxes are nested.
+    """
+    spans: list[tuple[int, int]] = []
+    opens = {match.end() - 1 for match in _OPEN.finditer(text)}
+    stack: list[tuple[int, bool]] = []
+    for match in re.finditer(r"[{}]", text):
+        at = match.start()
+        if match.group() == "{":
+            stack.append((at, at in opens))
+        elif stack:
+            start, boxed = stack.pop()
+            if boxed and at - start <= MAX_BOX:
+                spans.append((start + 1, at))
+    if not spans:
+        return None
+    start, end = max(spans)  # the one that opens last: of nested boxes the innermost
+    return _integers(text[start:end])
+
+
+def _integers(inside: str) -> list[int] | None:
+    parts = [part.strip(_MARKS) for part in inside.split(",")]
+    if not all(_INTEGER.fullmatch(part) for part in parts):
+        return None
+    return [int(part) for part in parts]

@@ -1,0 +1,102 @@
+"""Prompts for judges: a Jinja template per use, replaceable, with delimiters that no response can close.
+
+The markers around responses carry a tag made from everything that stands between them, so a response that contains
+"end of answer 1" closes nothing: it would have to contain a hash of itself. Templates see ``messages``, ``responses``
+(in the order presented), ``n``, ``low``, ``high``, ``tag``, ``reference`` and ``hint`` (both may be None).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from lightning_onpolicy.datamodules.assets import resolve_asset
+from lightning_onpolicy.datamodules.judging.items import JudgeItem
+from lightning_onpolicy.datamodules.judging.orders import arranged
+
+GROUP, SINGLE, META = (f"onpolicy://judging/{name}.jinja" for name in ("group", "single", "meta"))
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """How items become prompts, and which scores are asked for.
+
+    Args:
+        path: A Jinja file; ``onpolicy://judging/group.jinja`` and the like ship with the library.
+        low: Least score.
+        high: Largest score.
+
+    Raises:
+        ValueError: If the range makes no sense.
+    """
+
+    path: str = GROUP
+    low: int = 1
+    high: int = 10
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"template.low must be below template.high, got {self.low} and {self.high}.")
+
+    def render(self, item: JudgeItem, order: Sequence[int], hint: str | None = None) -> str:
+        """The judge's prompt with the responses in this order.
+
+        Args:
+            item: What is judged.
+            order: Slot i shows response ``order[i]``.
+            hint: What the judge is told beforehand; only where wrong judgements are to be got rid of.
+
+        Raises:
+            ValueError: If a single response meets a template whose scores are not 0 and 1 while its label is.
+        """
+        single = len(item.responses) == 1
+        if single and item.labels is not None and (self.low, self.high) != (0, 1):
+            raise ValueError(
+                f"item {item.uid!r} has one response, labelled 0 or 1, and the template asks for {self.low} to "
+                f"{self.high}: use {SINGLE} with low 0 and high 1."
+            )
+        shown = arranged(item.responses, order)
+        return _template(self.path).render(
+            messages=[dict(m) for m in item.messages],
+            responses=shown,
+            n=len(shown),
+            low=self.low,
+            high=self.high,
+            tag=tag_of([*(m["content"] for m in item.messages), *shown]),
+            reference=item.reference,
+            hint=hint,
+        )
+
+
+def tag_of(texts: Sequence[str]) -> str:
+    """Eight hexadecimal digits that stand in none of the texts; equal texts, equal tag."""
+    everything = "\0".join(texts)
+    number = 0
+    while True:
+        digest = hashlib.blake2b(f"{number}\0{everything}".encode(), digest_size=4).hexdigest()
+        if digest not in everything:
+            return digest
+        number += 1
+
+
+def best_hint(item: JudgeItem, order: Sequence[int]) -> str:
+    """What a hinted judge is told: which of the responses, as presented, is the best (or whether the one is right)."""
+    if len(item.responses) == 1:
+        assert item.labels is not None
+        return f"the answer is {'correct' if item.labels[0] == 1 else 'not correct'}."
+    return f"answer {list(order).index(item.best) + 1} is the best."
+
+
+@lru_cache(maxsize=32)
+def _template(path: str) -> jinja2.Template:
+    environment: Any = jinja2.sandbox.SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=False, autoescape=False
+    )
+    template: jinja2.Template = environment.from_string(resolve_asset(path).read_text(encoding="utf-8"))
+    return template
