@@ -108,12 +108,18 @@ def distillation(records: Records, threshold: float, teacher: int, path: Path) -
         return [(batch * per_batch, 100 * mean) for batch, mean, *_ in record["curve"]]
 
     titles = ("optimizer steps", "teraFLOPs (2 and 6 per parameter and token)")
-    for axis, title, points in zip(axes, titles, (against_steps, against_flops(teacher)), strict=True):
+    ticks = ((20, 50, 100, 200, 500, 1000), (0.25, 0.5, 1, 2, 4, 8))
+    sides = zip(axes, titles, ticks, (against_steps, against_flops(teacher)), strict=True)
+    for axis, title, marks, points in sides:
         for name, colour in ((BASE, BLUE), ("grpo", ORANGE), ("opd", GREEN)):
             if name in records:
                 band(axis, records[name], points, colour, ARMS[name].label)
         axis.axhline(100 * threshold, color="#444444", ls="--", lw=1.1, label="teacher less 2 points")
         axis.set(xlabel=title, xscale="log")
+        low, high = axis.get_xlim()
+        shown = [mark for mark in marks if low <= mark <= high]
+        axis.set_xticks(shown, [f"{mark:g}" for mark in shown])
+        axis.minorticks_off()
     axes[0].set_ylabel("validation accuracy (%)")
     axes[1].legend(frameon=False, loc="lower right", fontsize=8)
     _save(figure, path, "The same base: rewarded, or taught by what the rewards had made")
