@@ -88,7 +88,7 @@ def test_positions_that_predict_an_observation_have_exactly_no_gradient(method: 
     batch = conversations()
     module: Any = supervised() if method == "supervised" else grpo()
     if method == "grpo":
-        advantage = torch.where(batch.rewards > 0, 1.0, -1.0)
+        advantage = torch.where(batch.rewards > 0, 1.0, -1.0)[:, None].expand(batch.input_ids.shape)
         batch = batch.with_extra(advantage=advantage, logp_ref=torch.zeros(batch.input_ids.shape))
     kept: list[Tensor] = []
 
