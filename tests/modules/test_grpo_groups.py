@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,3 +143,47 @@ def test_the_references_grades_of_a_batch_do_not_outlive_a_reset(reset: bool) ->
     assert torch.equal(first, start) and torch.equal(first, second)
     assert torch.equal(third, now if reset else first)
     assert float((now - start).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("advantage", ["group_zscore", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_a_smaller_batch_is_divided_by_what_it_has(advantage: Any, reduction: Any) -> None:
+    """A rank that found no varying group takes part with a row that teaches nothing: the step is that of the others.
+
+    Catches: a denominator that counts the groups asked for, or the placeholder.
+    """
+    batch = of_rank(0, 2)
+    placeholder = batch.select([0], trim=False)
+    placeholder = dataclasses.replace(
+        placeholder,
+        response_mask=torch.zeros_like(placeholder.response_mask),
+        rewards=torch.full_like(placeholder.rewards, torch.nan),
+        group=placeholder.group + 100,
+    )
+    tensors = ("input_ids", "attention_mask", "response_mask", "sampler_logprobs", "rewards", "group")
+    joined = {
+        key: torch.cat([getattr(batch, key), getattr(placeholder, key)])
+        for key in (*tensors, "finished", "on_policy", "policy_version")
+    }
+    parts = {"half": torch.cat([batch.reward_parts["half"], torch.full((1,), torch.nan)])}
+    both = dataclasses.replace(
+        batch,
+        **joined,
+        reward_parts=parts,
+        prompts=(*batch.prompts, batch.prompts[0]),
+        texts=(*batch.texts, ""),
+    )
+    weights = []
+    for rows in (batch, both):
+        module = ProRLGRPO(
+            toys.policy(0, scale=3.0),
+            recipe="dapo",
+            advantage=AdvantageSpec(advantage),
+            reduction=reduction,
+            loop=LoopSpec(max_grad_norm=None),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+        )
+        anchored.trainer([]).fit(module, train_dataloaders=DataLoader([rows], batch_size=None))
+        weights.append(module.policy.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-6, msg=name)
