@@ -91,7 +91,14 @@ def _named(cases: Iterable[EvalCase]) -> list[EvalCase]:
 
 
 def _pick(
-    fields: Fields, benchmark: str, section: str, subset: str, uid: str, key: str, right: str, wrong: list[str]
+    fields: Fields,
+    benchmark: str,
+    section: str,
+    subset: str,
+    uid: str,
+    key: str,
+    right: str,
+    wrong: list[str],
 ) -> EvalCase:
     """One right response among the wrong ones; the conversation is under ``key``."""
     responses, correct = placed([right], wrong, f"{benchmark}/{uid}")
@@ -121,7 +128,9 @@ def _rewardbench2(row: Fields, file: str) -> list[EvalCase]:
     if kind not in ("ref", "tied") or not number:
         raise row.wrong("id", f"must be ref:<id> or tied:<id> in the subset {TIES}, got {name!r}")
     if (len(right) == 1) != (kind == "ref"):
-        raise row.wrong("chosen", f"has {len(right)} responses, but ref: items have one and tied: items several")
+        raise row.wrong(
+            "chosen", f"has {len(right)} responses, but ref: items have one and tied: items several"
+        )
     responses, correct = placed(right, wrong, f"rewardbench2/{name}")
     item = JudgeItem(row.messages("prompt"), responses, None, uid=name, source=subset)
     return [EvalCase(item, "rewardbench2", subset, subset, "ties", correct)]
@@ -146,7 +155,9 @@ def _ppe_correctness(row: Fields, file: str) -> list[EvalCase]:
     for j, pair in enumerate(row.get("sampled_conflict_pairs", list, "a list of pairs")):
         known = isinstance(pair, list) and len(pair) == 2
         if not known or not all(isinstance(i, int) and 0 <= i < len(scores) for i in pair):
-            raise row.wrong("sampled_conflict_pairs", f"[{j}] must be two of the {len(scores)} responses, got {pair}")
+            raise row.wrong(
+                "sampled_conflict_pairs", f"[{j}] must be two of the {len(scores)} responses, got {pair}"
+            )
         a, b = pair
         if bool(scores[a]) == bool(scores[b]):
             raise row.wrong("sampled_conflict_pairs", f"[{j}] is {pair}, and both have the score {scores[a]}")
@@ -186,7 +197,9 @@ def _realmistake(row: Fields, file: str) -> list[EvalCase]:
     label = row.among("error_label" if "error_label" in row else "label", ["error", "no_error"])
     right = int(label == "no_error")
     uid = f"{file}/{row.inside('metadata').name('id')}"
-    item = JudgeItem(row.messages("input"), (row.text("llm_response"),), (float(right),), uid=uid, source=file)
+    item = JudgeItem(
+        row.messages("input"), (row.text("llm_response"),), (float(right),), uid=uid, source=file
+    )
     return [EvalCase(item, "realmistake", file, file, "single", (0,) if right else ())]
 
 

@@ -143,7 +143,9 @@ def read_records(path: str | Path) -> list[JudgedItem]:
         item = _item(Fields(where, row))
         name = (item.benchmark, item.uid)
         if name in seen:
-            raise ValueError(f"{where}: item {item.uid!r} of {item.benchmark} stands already in {seen[name]}.")
+            raise ValueError(
+                f"{where}: item {item.uid!r} of {item.benchmark} stands already in {seen[name]}."
+            )
         seen[name] = where
         items.append(item)
     return items
