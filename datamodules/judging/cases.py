@@ -26,7 +26,7 @@ class EvalCase:
         benchmark: A key of :data:`.formats.FORMATS`.
         subset: The finest row of the benchmark's table.
         section: What subsets are gathered into; the benchmark's score is the plain mean of its sections.
-        kind: ``pick``: one response is the best. ``ties``: several are, equally. ``single``: one response, right or not.
+        kind: ``pick``: one response is the best. ``ties``: several are, equally. ``single``: there is one, right or not.
         correct: Indices of the right responses; of a ``single`` one ``(0,)`` or ``()``.
     """
 
@@ -98,7 +98,7 @@ class Fields:
 
     def texts(self, key: str) -> list[str]:
         """A list of texts, at least one."""
-        values = self.get(key, list, "a list of texts")
+        values: list[str] = self.get(key, list, "a list of texts")
         if not values or not all(isinstance(value, str) for value in values):
             raise self.wrong(key, "must be a list of one or more texts")
         return values

@@ -154,10 +154,11 @@ def read_records(path: str | Path) -> list[JudgedItem]:
 def _item(row: Fields) -> JudgedItem:
     listed = row.get("samples", list, "a list of samples")
     samples = tuple(_sample(Fields(f"{row.where}, samples[{j}]", x)) for j, x in enumerate(listed))
-    texts = [row.text(key) for key in ("uid", "benchmark", "subset", "section", "kind")]
+    texts = {key: row.text(key) for key in ("uid", "benchmark", "subset", "section", "prompt")}
+    kind: Any = row.text("kind")  # checked by the item
     n, correct = row.get("n", int, "a whole number"), _integers(row, "correct")
     try:
-        return JudgedItem(*texts, n, correct, row.text("prompt"), samples)  # type: ignore[arg-type]
+        return JudgedItem(**texts, kind=kind, n=n, correct=correct, samples=samples)
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
 

@@ -108,9 +108,11 @@ def ties_score(
 
     A question has an item ``ref:<id>`` with one right response and an item ``tied:<id>`` with several. It is worth
 
-        0.3 accurate(tied) + 0.3 accurate(ref) + 0.2 [gap(tied) > spread] + 0.2 [gap > spread] + 0.01 tanh(gap/spread − 1)
+        0.3 accurate(tied) + 0.3 accurate(ref)
+        + 0.2 [gap(tied) > spread] + 0.2 [gap > spread] + 0.01 tanh(gap / spread − 1)
 
-    with ``spread`` of the tied item and, where not said otherwise, ``gap`` the smaller of the two; 0/0 counts 0.
+    with ``spread`` of the tied item and, where not said otherwise, ``gap`` the smaller of the two; the tanh
+    of 0/0 counts 0. So the best value is 1.01, as in the original.
 
     Args:
         items: ``[I]`` of kind ``ties``.

@@ -5,7 +5,6 @@ Legend: ``K`` samples of every item, of which ``k`` vote; ``k_meta`` of these, i
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,10 +162,3 @@ def item_weights(items: Sequence[JudgedItem]) -> list[float]:
     if items[0].benchmark != "rewardbench":
         return [1.0] * len(items)
     return [official[item.subset] / sizes[item.subset] for item in items]
-
-
-def pooled_failures(items: Sequence[JudgedItem]) -> dict[str, float]:
-    """Share of all samples by outcome other than ``ok``, so that one sees why they could not be read."""
-    outcomes = Counter(sample.outcome for item in items for sample in item.samples)
-    total = sum(outcomes.values())
-    return {name: n / total if total else math.nan for name, n in sorted(outcomes.items()) if name != "ok"}

@@ -4,7 +4,7 @@ Legend: ``n`` responses, ``k`` samples. Names of numbers:
 
     strict, fractional, random   how right the verdict is under each policy for ties (pick, single)
     both_orders, consistent      pairs that were shown in both orders: see :func:`both_orders`
-    unreadable                   share of the samples without scores
+    unreadable                   share of the samples without scores, and by reason: unreadable/missing, …
     yes                          single: mean score, absent if no sample could be read
     accurate, spread, gap        ties: see :func:`ties_numbers`
 """
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import get_args
 
+from lightning_onpolicy.datamodules.judging.parser import Outcome
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample
 from lightning_onpolicy.datamodules.judging.votes import Ties, Verdict, meta_vote, preference, vote
 
 POLICIES: tuple[Ties, ...] = ("strict", "fractional", "random")
+REASONS = tuple(outcome for outcome in get_args(Outcome) if outcome != "ok")
+UNREADABLE = ("unreadable", *(f"unreadable/{reason}" for reason in REASONS))
 Numbers = dict[str, float]
 
 
@@ -56,7 +60,9 @@ def item_numbers(
     """
     if not samples:
         raise ValueError(f"item {item.uid!r} has no sample to judge by.")
-    numbers = {"unreadable": sum(s.scores is None for s in samples) / len(samples)}
+    outcomes = [sample.outcome for sample in samples]
+    numbers = {f"unreadable/{reason}": outcomes.count(reason) / len(samples) for reason in REASONS}
+    numbers["unreadable"] = 1 - outcomes.count("ok") / len(samples)
     said = verdict(samples, k_meta)
     if item.kind == "ties":
         return numbers | ties_numbers(said.means, item.correct)
