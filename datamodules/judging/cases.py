@@ -26,7 +26,7 @@ class EvalCase:
         benchmark: A key of :data:`.formats.FORMATS`.
         subset: The finest row of the benchmark's table.
         section: What subsets are gathered into; the benchmark's score is the plain mean of its sections.
-        kind: ``pick``: one response is the best. ``ties``: several are, equally. ``single``: there is one, right or not.
+        kind: ``pick``: one response is the best. ``ties``: several are, equally. ``single``: one, right or not.
         correct: Indices of the right responses; of a ``single`` one ``(0,)`` or ``()``.
     """
 

@@ -14,20 +14,13 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import torch
-from torch import Tensor
 
 from lightning_onpolicy.datamodules.judging.records import JudgedItem
-from lightning_onpolicy.modules.judging.verdicts import Numbers
+from lightning_onpolicy.modules.judging.verdicts import POLICIES, UNREADABLE, Numbers
 from lightning_onpolicy.modules.statistics import Interval, t_interval, weighted_mean
 
 Measures = dict[str, Interval]
-EVERY = (
-    "strict",
-    "fractional",
-    "random",
-    "both_orders",
-    "unreadable",
-)  # defined for all items of a part or for none
+EVERY = (*POLICIES, "both_orders", *UNREADABLE)  # defined for all items of a part or for none
 SOME = ("consistent",)  # over the items that have it
 # What a benchmark's own table reports; "ties" takes the place of it where a subset has several right answers.
 HEADLINE = {"rmb": "strict", "judgebench": "both_orders", "realmistake": "auc"}
@@ -60,19 +53,14 @@ def measures(
         ]
         if all(len(x) == len(draws) for x in known) if name in EVERY else any(known):
             value_I = torch.tensor([sum(x) / len(x) if x else math.nan for x in known], dtype=torch.float64)
-            counted = torch.where(value_I.isnan(), torch.zeros_like(weight_I), weight_I)
-            found[name] = _of_known(value_I, counted, key, confidence)
+            has = ~value_I.isnan()
+            found[name] = weighted_mean((value_I * weight_I)[has], weight_I[has], key[has], confidence)
     if items[0].kind == "single" and len({len(item.correct) for item in items}) == 2:
         found["auc"] = roc_auc(items, draws, confidence)
     if items[0].kind == "ties":
         found["ties"] = ties_score(items, draws, confidence)
     headline = "ties" if items[0].kind == "ties" else HEADLINE.get(items[0].benchmark, "fractional")
     return found | ({"score": found[headline]} if headline in found else {})
-
-
-def _of_known(value_I: Tensor, weight_I: Tensor, key: Tensor, confidence: float) -> Interval:
-    known = ~value_I.isnan()
-    return weighted_mean((value_I * weight_I)[known], weight_I[known], key[known], confidence)
 
 
 def roc_auc(

@@ -49,8 +49,8 @@ def _rewardbench(size: int) -> dict[str, list[dict[str, Any]]]:
 
 def _rewardbench2(size: int) -> dict[str, list[dict[str, Any]]]:
     rows = [
-        {"id": str(i), "subset": name, "prompt": f"{name} {i}?", "chosen": ["good"], "rejected": ["bad a", "bad b", "bad c"],
-         "num_correct": 1, "num_rejected": 3, "total_completions": 4}
+        {"id": str(i), "subset": name, "prompt": f"{name} {i}?", "chosen": ["good"],
+         "rejected": ["bad a", "bad b", "bad c"], "num_correct": 1, "num_rejected": 3, "total_completions": 4}
         for name in ("Factuality", "Focus", "Math", "Precise IF", "Safety") for i in range(size)
     ]  # fmt: skip
     for i in range(size):
@@ -96,7 +96,7 @@ def _rmb(size: int) -> dict[str, list[dict[str, Any]]]:
             path, (uid, best, worse) = f"{cell}/{goal}", shape
             losers: Any = answer("bad") if cell == "Pairwise_set" else [answer("bad a"), answer("bad b")]
             files[f"{path}.json"] = [
-                {uid: f"{i}", "conversation_input": [{"role": "user", "content": f"{path} {i}?", "language": "English"}],
+                {uid: f"{i}", "conversation_input": [{"role": "user", "content": f"{path} {i}?", "language": "en"}],
                  best: answer("good"), worse: losers, "category_path": path}
                 for i in range(size)
             ]  # fmt: skip
@@ -109,8 +109,18 @@ def _judgebench(size: int) -> dict[str, list[dict[str, Any]]]:
         for i in range(size):
             label = ("A>B", "B>A")[i % 2]
             a, b = ("good", "bad") if label == "A>B" else ("bad", "good")
-            rows.append({"pair_id": f"{group}{i}", "original_id": i, "source": f"{group}-x", "question": f"{group} {i}?",
-                         "response_model": "x", "response_A": a, "response_B": b, "label": label})  # fmt: skip
+            rows.append(
+                {
+                    "pair_id": f"{group}{i}",
+                    "original_id": i,
+                    "source": f"{group}-x",
+                    "question": f"{group} {i}?",
+                    "response_model": "x",
+                    "response_A": a,
+                    "response_B": b,
+                    "label": label,
+                }
+            )
     return {"gpt.jsonl": rows}
 
 

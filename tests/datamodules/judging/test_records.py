@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     write_records(path, [ITEM, single])
     assert read_records(path) == [ITEM, single]  # a lone surrogate included
     assert [f.name for f in path.parent.iterdir()] == ["records.jsonl"]
-    line = json.loads(path.read_text().splitlines()[0])
+    line = json.loads(path.read_text().split("\n")[0])
     assert line["samples"][1] == {
         "order": [1, 0],
         "outcome": "missing",

@@ -72,8 +72,7 @@ def test_a_cell_by_definition(guessed: list[JudgedItem]) -> None:
 
 def test_draws_estimate_the_mean_over_all_subsets() -> None:
     """Against all C(6, 3) subsets of one item's samples; k = K needs one draw only."""
-    rng = random.Random(2)
-    samples = tuple(JudgeSample((0, 1), "ok", (rng.randint(1, 10), rng.randint(1, 10))) for _ in range(6))
+    samples = tuple(JudgeSample((0, 1), "ok", s) for s in ((1, 4), (9, 2), (5, 5), (3, 8), (7, 6), (6, 7)))
     item = JudgedItem("i", "x", "s", "t", "pick", 2, (1,), "p", samples)
     exact = [
         preference(vote([samples[j].scores for j in js]).sums, 1, "fractional")
