@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
-from lightning_onpolicy.datamodules.shuffle import Permutation
 
 Kind = Literal["pick", "ties", "single"]
 
@@ -56,7 +56,7 @@ def placed(right: Sequence[str], wrong: Sequence[str], key: str) -> tuple[tuple[
         (['a', 'b', 'c'], ['a'])
     """
     both = [*right, *wrong]
-    order = [Permutation(len(both), key=("placed", key))(i) for i in range(len(both))]  # type: ignore[arg-type]
+    order = random.Random(repr(("placed", key))).sample(range(len(both)), len(both))
     return tuple(both[i] for i in order), tuple(slot for slot, i in enumerate(order) if i < len(right))
 
 

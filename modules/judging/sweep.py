@@ -5,6 +5,7 @@ Legend: ``K`` samples of every item, of which ``k`` vote; ``k_meta`` of these, i
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Literal
 
 from lightning_onpolicy.datamodules.judging.formats import REWARDBENCH_WEIGHTS
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample
-from lightning_onpolicy.datamodules.shuffle import Permutation
 from lightning_onpolicy.modules.judging.measures import Measures, combined, measures
 from lightning_onpolicy.modules.judging.verdicts import Numbers, chance, item_numbers
 from lightning_onpolicy.modules.statistics import powers_of_two
@@ -117,8 +117,8 @@ def _chosen(
         return [item.samples[:k] for item in items]
     picked = []
     for item in items:
-        place = Permutation(len(item.samples), key=("draw", seed, item.uid, k, draw))  # type: ignore[arg-type]
-        picked.append(tuple(item.samples[j] for j in sorted(place(i) for i in range(k))))
+        rng = random.Random(repr(("draw", seed, item.uid, k, draw)))
+        picked.append(tuple(item.samples[j] for j in sorted(rng.sample(range(len(item.samples)), k))))
     return picked
 
 

@@ -81,8 +81,9 @@ def test_draws_estimate_the_mean_over_all_subsets() -> None:
     found = sweep([item], ks=[3], draws=4000)[0].measures["fractional"].mean
     assert 0.1 < sum(exact) / 20 < 0.9
     assert abs(found - sum(exact) / 20) < 4 * 0.5 / 4000**0.5
-    assert sweep([item], ks=[6], draws=50) == sweep([item], ks=[6])
-    assert sweep([item], ks=[3], draws=5, seed=1) == sweep([item], ks=[3], draws=5, seed=1)
+    two = [item, dataclasses.replace(item, uid="j", prompt="q", correct=(0,))]
+    assert sweep(two, ks=[6], draws=50) == sweep(two, ks=[6])
+    assert sweep(two, ks=[3], draws=5, seed=1) == sweep(two, ks=[3], draws=5, seed=1)
 
 
 def test_more_meta_samples_than_votes_are_left_out_and_the_best_one_alone(guessed: list[JudgedItem]) -> None:
