@@ -41,19 +41,27 @@ class FileSource(Source):
         name: str | None = None,
     ) -> None:
         file = resolve_asset(path)
-        if file.suffix not in _READERS:
-            raise ValueError(
-                f"{file}: cannot read {file.suffix!r} files; known endings are {sorted(_READERS)}."
-            )
         keys = RowKeys(prompt_key, messages_key, response_key, answer_key)
         self.name = name or file.stem
-        self._rows = [canonical(row, keys, where) for where, row in _READERS[file.suffix](file)]
+        self._rows = [canonical(row, keys, where) for where, row in read_rows(file)]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
+
+
+def read_rows(file: Path) -> list[tuple[str, Any]]:
+    """What a local file holds, with the place of each row for messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the ending is unknown, or something in it is not JSON or not Parquet.
+    """
+    if file.suffix not in _READERS:
+        raise ValueError(f"{file}: cannot read {file.suffix!r} files; known endings are {sorted(_READERS)}.")
+    return _READERS[file.suffix](file)
 
 
 def _read_jsonl(file: Path) -> list[tuple[str, Any]]:
