@@ -79,6 +79,7 @@ def main(folder: Path, baseline: Path) -> None:
         torch.distributed.barrier()
         if rank == 0:
             spoilt.write_text(kept)
+    torch.distributed.destroy_process_group()  # at exit, gloo's threads may outlive what they need
 
 
 if __name__ == "__main__":
