@@ -5,10 +5,9 @@ Legend: ``n`` responses, ``k`` samples. An order is a permutation: the judge's s
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Literal, TypeVar
-
-from lightning_onpolicy.datamodules.shuffle import Permutation
 
 X = TypeVar("X")
 OrderKind = Literal["shuffled", "rotated", "fixed"]
@@ -42,8 +41,8 @@ def orders(n: int, k: int, kind: OrderKind, key: tuple[object, ...]) -> list[tup
 
 
 def _shuffle(n: int, key: tuple[object, ...]) -> tuple[int, ...]:
-    permutation = Permutation(n, key=key)  # type: ignore[arg-type]  # anything with a repr
-    return tuple(permutation(i) for i in range(n))
+    """Uniform over all n! orders, also for the few responses that there are."""
+    return tuple(random.Random(repr(key)).sample(range(n), n))
 
 
 def arranged(values: Sequence[X], order: Sequence[int]) -> list[X]:
