@@ -221,7 +221,7 @@ class EvaluationReport(Callback):
 
     def _change_title(self, seeds: bool) -> str:
         drawn = "the same seeds" if seeds else "other seeds"
-        return f"compared with {self._place} (same items, {drawn})"
+        return f"same items, {drawn}, compared with {self._place}"  # a long folder is cut, so it comes last
 
     def _write(
         self, folder: Path, evaluation: Evaluation, report: dict[str, Any], tables: Sequence[Table]
