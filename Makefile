@@ -26,8 +26,8 @@ endif
 DEMO ?= tools/demo.py
 WORKERS ?= 2
 PYTEST_ARGS ?=
-# Scripts, as opposed to what they share.
-BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
+# Scripts that measure speed, which depends on the device. Those that measure learning are run by name.
+BENCHMARKS = $(shell grep -l -e --device $$(grep -l __main__ benchmarks/*.py))
 
 # On Linux PyPI's torch is the CUDA build, with gigabytes of libraries beside it. Without an NVIDIA driver the CPU
 # index is asked as well: its 2.x.y+cpu outranks PyPI's 2.x.y. Where that index cannot be reached, pip says so and
