@@ -1,8 +1,8 @@
 """Does prolonged RL need its parts at this size? GRPO and ProRL, one change at a time, and distillation from RL.
 
     python benchmarks/prolonged.py --batches 120                         # every RL arm, three seeds
-    python benchmarks/prolonged.py --batches 280 --arms prorl grpo       # these two go on from there
     python benchmarks/prolonged.py --arms opd                            # taught by the best run of prorl
+    python benchmarks/prolonged.py --batches 240 --arms prorl grpo       # these two go on from 120
     python benchmarks/prolonged.py --report                              # tables and pictures from what is there
 
 Every run is `onpolicy fit` in a process of one thread, on the quickstart's tiny student and reasoning-gym tasks

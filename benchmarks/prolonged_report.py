@@ -117,10 +117,11 @@ def row_of(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], ba
     last = [[w for w in r["windows"] if w["batch"] <= batches][-1] for r in runs.values()]
     for key in DYNAMICS:
         row[key] = _mean(w.get(key, math.nan) for w in last)
-    row["tflops"] = _mean(at(cumulative(r), batches) for r in runs.values()) / 1e12
+    row["tflops"] = _mean(at(cumulative(r), batches) / 1e12 for r in runs.values())
     row["generated_tokens"] = _mean(generated(r, batches) for r in runs.values())
-    row["update_s"] = _mean(phase(r, "update_s", batches) for r in runs.values())
-    row["rollout_s"] = _mean(phase(r, "rollout_s", batches) for r in runs.values())
+    row["sampling_share"] = _mean(
+        phase(r, "rollout_s", batches) / phase(r, "step_s", batches) for r in runs.values()
+    )
     return row
 
 
@@ -139,7 +140,7 @@ def generated(record: Record, batches: int) -> float:
 
 
 def phase(record: Record, name: str, batches: int) -> float:
-    """Seconds of a phase, summed."""
+    """Seconds of a phase, summed; runs may have shared a core, so that only their ratios say something."""
     return sum(w[name] * w["batches"] for w in record["windows"] if w["batch"] <= batches)
 
 
@@ -243,6 +244,7 @@ def _interval(name: str, x: Interval, unit: str) -> Row:
     return {name: x.mean, f"{name}_{unit}_low": x.low, f"{name}_{unit}_high": x.high}
 
 
-def _mean(values: Iterable[float]) -> float:
+def _mean(values: Iterable[float]) -> float | None:
+    """Of the values that are there; None if none is, as with an arm that has no reference."""
     known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan
+    return sum(known) / len(known) if known else None

@@ -136,7 +136,7 @@ def made_up(arm: str, seed: int, right: str, end: int = 40, **curve: float) -> d
     window = {
         "batches": 20,
         **dict.fromkeys(("entropy", "kl_ref", "clip_high", "clip_low", "pass_rate"), 0.1 * seed),
-        **{"length": 4.0, "rollout_s": 1.0, "update_s": 2.0},
+        **{"length": 4.0, "rollout_s": 1.0, "step_s": 4.0},
     }
     mean = sum(map(int, right)) / len(right) / 4
     return {
@@ -179,7 +179,7 @@ def test_the_report_compares_with_prorl_by_item_and_by_seed(bench, part, folder:
     assert rows["prorl"]["accuracy_seeds_high"] == pytest.approx(
         14 / 16 + 4.3027 / 16 / math.sqrt(3), abs=1e-4
     )
-    assert rows["prorl"]["difference"] is None
+    assert rows["prorl"]["difference"] is None and rows["prorl"]["sampling_share"] == 0.25
     assert rows["grpo"]["difference"] == rows["grpo"]["difference_seeds_high"] == pytest.approx(-0.25)
     assert (rows["grpo"]["effect"], rows["hot"]["effect"]) == ("shown", "not shown")
     assert rows["hot"]["half_width_seeds"] > rows["grpo"]["half_width_seeds"]
@@ -187,6 +187,30 @@ def test_the_report_compares_with_prorl_by_item_and_by_seed(bench, part, folder:
     with (folder / "summary.csv").open() as lines:
         assert [row["arm"] for row in csv.DictReader(lines)] == list(rows)
     assert {"ablations.png", "resets.png", "distillation.png"} <= {p.name for p in folder.iterdir()}
+
+
+def test_what_an_arm_does_not_have_is_null(bench, folder: Path) -> None:
+    for path in folder.glob("hot-*.json"):
+        record = json.loads(path.read_text())
+        for window in record["windows"]:
+            del window["kl_ref"]
+        path.write_text(json.dumps(record))
+    bench.report(folder)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    text = (folder / "summary.json").read_text()
+    rows = {row["arm"]: row for row in json.loads(text, parse_constant=refuse)["summary"]}
+    assert rows["hot"]["kl_ref"] is None and rows["prorl"]["kl_ref"] == pytest.approx(0.2)
+
+
+def test_the_committed_tables_are_those_of_the_committed_records(bench) -> None:
+    records, text = bench.load(bench.RESULTS), (bench.RESULTS / "summary.md").read_text()
+    threshold, rows = bench.distillation(records)
+    assert bench.lengths(records) == [120, 240]
+    assert all(bench.markdown(bench.compare(records, end)) in text for end in (120, 240))
+    assert bench.distillation_markdown(rows, threshold) in text
 
 
 def test_steps_and_flops_to_the_teacher_are_counted_alike(bench, part, folder: Path) -> None:
