@@ -175,6 +175,20 @@ def test_values_and_what_follows_a_cut_are_the_critics(bootstrap: Any) -> None:
     assert not seen.extra["advantage"][~mask].any()
 
 
+def test_values_are_graded_without_the_critics_dropout() -> None:
+    """The baseline is one number per state; updates have dropout. Catches: a critic that grades in train mode."""
+    batch = rollouts()
+    module = warm(ppo(toys.policy(0, scale=2.0, attention_dropout=0.5), critic=CriticSpec(warmup=1)))
+    assert module.critic is not None
+    module.critic.eval()
+    with torch.no_grad():
+        value = module.critic.values(batch.input_ids, batch.response_mask)
+    module.critic.train()
+    seen = prepared(module, batch)
+    torch.testing.assert_close(seen.extra["value"][batch.response_mask], value)
+    assert all(m.training for m in module.critic.modules())
+
+
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_scored_tokens() -> None:
     batch = rollouts()
     batch = dataclasses.replace(batch, rewards=torch.where(torch.arange(16) == 5, NAN, batch.rewards))
