@@ -36,7 +36,8 @@ class Limits:
 
     Args:
         wall_s: Seconds per test, on the clock.
-        cpu_s: CPU seconds per process; None: ``wall_s``, rounded up.
+        cpu_s: CPU seconds per process; None: ``wall_s``, rounded up, and one more, so that a busy thread meets the
+            clock first and its test ends as ``timeout``.
         memory_bytes: Address space of each process.
         output_bytes: Most it may write to its standard output.
         file_bytes: Largest file it may write.
@@ -64,7 +65,7 @@ class Limits:
         """The same as names and values of ``setrlimit``."""
         return {
             "CORE": 0,
-            "CPU": self.cpu_s or math.ceil(self.wall_s),
+            "CPU": self.cpu_s or math.ceil(self.wall_s) + 1,
             "AS": self.memory_bytes,
             "FSIZE": self.file_bytes,
             "NOFILE": self.files,
