@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import collate as collate
     from lightning_onpolicy.datamodules.dynamic import DynamicSampling as DynamicSampling
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
+    from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate as JudgeTemplate
+    from lightning_onpolicy.datamodules.judging.source import JudgeSource as JudgeSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
@@ -45,6 +47,8 @@ __getattr__, __dir__, __all__ = attach(
         "FileSource": "sources",
         "Group": "batch",
         "GymSource": "gym",
+        "JudgeSource": "judging.source",
+        "JudgeTemplate": "judging.prompts",
         "OnPolicyDataModule": "onpolicy",
         "Prompt": "batch",
         "PromptStream": "prompts",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.rewards.function import FunctionReward as FunctionReward
     from lightning_onpolicy.datamodules.rewards.gym import GymReward as GymReward
     from lightning_onpolicy.datamodules.rewards.instructions import InstructionReward as InstructionReward
+    from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward as JudgementReward
+    from lightning_onpolicy.datamodules.rewards.judgement import ReadableReward as ReadableReward
     from lightning_onpolicy.datamodules.rewards.lengths import Cosine as Cosine
     from lightning_onpolicy.datamodules.rewards.lengths import KimiLength as KimiLength
     from lightning_onpolicy.datamodules.rewards.lengths import L1Exact as L1Exact
@@ -38,12 +40,14 @@ __getattr__, __dir__, __all__ = attach(
         "GatedReward": "composite",
         "GymReward": "gym",
         "InstructionReward": "instructions",
+        "JudgementReward": "judgement",
         "KimiLength": "lengths",
         "L1Exact": "lengths",
         "L1Max": "lengths",
         "MathReward": "math",
         "NumericReward": "stem",
         "Overlong": "lengths",
+        "ReadableReward": "judgement",
         "Reward": "base",
         "RoutedReward": "composite",
         "Sandbox": "sandbox",
