@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["ok", "missing", "count", "range", "truncated"]
+Outcome = Literal["ok", "missing", "count", "range", "truncated", "unanswered"]
 
 _OPEN = re.compile(r"\\boxed\s{0,8}\{")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
@@ -26,7 +26,8 @@ class Parsed:
 
     Args:
         outcome: ``ok``; ``missing`` (no well-formed box of integers), ``count`` (not n values), ``range`` (a value
-            outside), ``truncated`` (none, and the text was cut before it ended).
+            outside), ``truncated`` (none, and the text was cut before it ended). ``unanswered`` is a judge's that said
+            nothing in time.
         scores: ``[n]`` integers in the order presented; None unless ``ok``.
     """
 

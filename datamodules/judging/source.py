@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_onpolicy.datamodules.assets import resolve_asset
-from lightning_onpolicy.datamodules.judging.cases import Fields
+from lightning_onpolicy.datamodules.judging.cases import EvalCase, Fields, Kind
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, arranged, orders
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
@@ -129,3 +129,14 @@ def judge_row(item: JudgeItem, order: tuple[int, ...], template: JudgeTemplate, 
         "low": template.low,
         "high": template.high,
     }
+
+
+def cases_of(path: str | Path) -> list[EvalCase]:
+    """The labelled items of a file as an evaluation counts them: benchmark ``items``, a subset per source."""
+    cases = []
+    for item in read_items(path, labelled=True):
+        single = len(item.responses) == 1
+        correct = ((0,) if item.labels == (1.0,) else ()) if single else (item.best,)
+        kind: Kind = "single" if single else "pick"
+        cases.append(EvalCase(item, "items", item.source, kind, kind, correct))
+    return cases
