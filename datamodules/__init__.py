@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import collate as collate
     from lightning_onpolicy.datamodules.dynamic import DynamicSampling as DynamicSampling
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
+    from lightning_onpolicy.datamodules.judging.meta import MetaReading as MetaReading
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
     from lightning_onpolicy.datamodules.loader import RolloutLoader as RolloutLoader
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
     from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
     from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource as TeacherTextSource
+    from lightning_onpolicy.datamodules.trajectories import TrajectoryDataModule as TrajectoryDataModule
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -45,6 +47,7 @@ __getattr__, __dir__, __all__ = attach(
         "FileSource": "sources",
         "Group": "batch",
         "GymSource": "gym",
+        "MetaReading": "judging.meta",
         "OnPolicyDataModule": "onpolicy",
         "Prompt": "batch",
         "PromptStream": "prompts",
@@ -55,6 +58,7 @@ __getattr__, __dir__, __all__ = attach(
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
         "TeacherTextSource": "teacher_text",
+        "TrajectoryDataModule": "trajectories",
         "collate": "batch",
     },
 )
