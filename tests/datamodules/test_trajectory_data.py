@@ -16,7 +16,9 @@ from lightning_onpolicy.datamodules.judging.meta import READABLE
 from lightning_onpolicy.datamodules.trajectories import TrajectoryDataModule
 
 
-def module(path: Any, *, rank: int = 0, world: int = 1, stage: str = "fit", **settings: Any) -> TrajectoryDataModule:
+def module(
+    path: Any, *, rank: int = 0, world: int = 1, stage: str = "fit", **settings: Any
+) -> TrajectoryDataModule:
     """Set up, under as much of a Trainer as it looks at."""
     data = TrajectoryDataModule(path, **{"val_fraction": 0.3, "prompts_per_batch": 4, **settings})
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -49,7 +51,9 @@ def test_no_item_is_on_both_sides_and_more_files_move_none(tmp_path: Path) -> No
     for side, trajectories in before.items():
         assert {t.item.uid for t in trajectories} == names[side] & {f"i{i}" for i in range(40)}
     assert len(after["train"]) + len(after["val"]) == 40 * 3 + 70 * 2
-    assert {t.item.uid for t in module(one, split_seed=1).sides["val"]} != names["val"] & {f"i{i}" for i in range(40)}
+    assert {t.item.uid for t in module(one, split_seed=1).sides["val"]} != names["val"] & {
+        f"i{i}" for i in range(40)
+    }
     assert [t.item.uid for t in module(one, seed=9).sides["val"]] == [t.item.uid for t in before["val"]]
 
 
@@ -81,7 +85,11 @@ def test_wrong_ones_stay_hinted_ones_go_and_unreadable_ones_are_not_validated_on
     assert "60 hinted trajectories are left out" in caplog.text
     assert f"train: {balance}" in caplog.text and f"val: {data.balance['val']}" in caplog.text
     readable = module(path, unreadable=False).balance["train"]
-    assert (readable.trajectories, readable.unreadable, readable.right) == (4 * (30 - len(held)), 0, balance.right)
+    assert (readable.trajectories, readable.unreadable, readable.right) == (
+        4 * (30 - len(held)),
+        0,
+        balance.right,
+    )
     batches = list(itertools.islice(data.train_dataloader(), len(data.train_dataloader())))
     assert any(not batch.extra[READABLE].all() for batch in batches)
     assert {bool(x) for batch in batches for x in batch.extra[PREFERRED]} == {True, False}
@@ -109,7 +117,9 @@ def test_training_epochs_are_permutations_that_differ(tmp_path: Path) -> None:
     assert len(loader) == 1
     epochs = [uids(loader) for _ in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(epochs[0]))} and len(set(epochs[0])) == size
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(epochs[0]))} and len(
+        set(epochs[0])
+    ) == size
     assert epochs[0] == uids(module(path, prompts_per_batch=size).train_dataloader())
     assert epochs[0] != uids(module(path, prompts_per_batch=size, seed=1).train_dataloader())
     assert len(module(path, steps_per_epoch=7).train_dataloader()) == 7

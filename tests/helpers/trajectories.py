@@ -1,4 +1,4 @@
-"""Made-up trajectories of a judge. In the toy tokenizer's words, ``t7`` stands in a judgement exactly if it is right."""
+"""Made-up trajectories of a judge, in the toy tokenizer's words: ``t7`` is in a judgement exactly if it is right."""
 
 from __future__ import annotations
 

@@ -52,7 +52,10 @@ def test_what_is_in_the_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"right": False}, r"t\.jsonl line 2: item 'x': 'right' is False, but of scores \(2, 9\) .* must be True"),
+        (
+            {"right": False},
+            r"t\.jsonl line 2: item 'x': 'right' is False, but of scores \(2, 9\) .* must be True",
+        ),
         ({"scores": [9, 2]}, r"line 2: .*'right' is True, but .* must be False"),
         ({"scores": [9, 9]}, r"line 2: .*must be False"),
         ({"scores": None, "outcome": "missing"}, r"line 2: .*'right' is True, but of scores None"),
@@ -109,7 +112,9 @@ def test_the_balance_counts(tmp_path: Path) -> None:
     rows.append(one(uid="z", scores=None, outcome="truncated", right=False))
     balance = Balance.of(read(tmp_path, *rows))
     assert balance == Balance(items=3, trajectories=5, right=3, unreadable=1, mixed=1)
-    assert str(balance).startswith("5 trajectories of 3 items: 3 right, 2 wrong (1 of them unreadable), wrong/")
+    assert str(balance).startswith(
+        "5 trajectories of 3 items: 3 right, 2 wrong (1 of them unreadable), wrong/"
+    )
     assert "wrong/right = 0.67; both in 1 items" in str(balance)
     assert "inf" in str(Balance.of(read(tmp_path, rows[-1])))
 
@@ -134,7 +139,9 @@ def test_the_meta_model_reads_what_the_judge_saw_and_wrote_but_no_label(tmp_path
     shown = [[p.text.index(word) for word in ("alpha", "omega")] for p in prompts[:2]]
     assert shown[0][0] > shown[0][1] and shown[1][0] < shown[1][1], "the order that was shown"
     assert not any(secret in p.text for p in prompts for secret in ("secret", "0.25", "0.75"))
-    replies = [tokenizer.decode(ids[mask]) for ids, mask in zip(rows_B.input_ids, rows_B.response_mask, strict=True)]
+    replies = [
+        tokenizer.decode(ids[mask]) for ids, mask in zip(rows_B.input_ids, rows_B.response_mask, strict=True)
+    ]
     assert replies == ["t3 t4 <eos>", "t5 <eos>", "t6", "<eos>"]
     assert rows_B.extra[PREFERRED].tolist() == [True, False, False, False]
     assert rows_B.extra[READABLE].tolist() == [True, True, False, False]
@@ -146,7 +153,7 @@ def test_the_meta_model_reads_what_the_judge_saw_and_wrote_but_no_label(tmp_path
     whole = batch(MetaReading(think_end=None, max_reply_tokens=4))[1]
     assert tokenizer.decode(whole.input_ids[0][whole.response_mask[0]]) == "t1 <unk> t2 <unk>"
     assert whole.finished.tolist() == [False, True, False, True]
-    with pytest.raises(ValueError, match="reading.max_reply_tokens must be >= 1"):
+    with pytest.raises(ValueError, match=r"reading\.max_reply_tokens must be >= 1"):
         MetaReading(max_reply_tokens=0)
 
 
