@@ -6,11 +6,15 @@ Legend: ``B`` judgements.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import ranks_meta
 import torch
 import toys
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -26,6 +30,7 @@ from lightning_onpolicy.modules.losses.rightness import rightness_loss
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.specs import LoraSpec
 
+SCRIPT = Path(ranks_meta.__file__)
 EXTREME = [0.0, 1e-8, 0.3, -0.3, 17.0, 20.5, 88.0, 100.0, -100.0, 1000.0, -1000.0]
 
 
@@ -251,3 +256,37 @@ def test_the_quickstart_trains_from_the_command_line(tmp_path: Path) -> None:
     assert score is not None and math.isfinite(score)
     header = next(iter((tmp_path / "logs").rglob("metrics.csv"))).read_text().split("\n")[0].split(",")
     assert {"train/loss", "train/accuracy", "train/right"} <= set(header)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
+    """Catches: a mean over ranks of means, padding pieces that are trained on, repeats that are validated twice."""
+    path = write(tmp_path / "t.jsonl", lines(30, 3))
+    one = ranks_meta.run("auto", path, tmp_path)
+    out = tmp_path / "result.pt"
+    paths = [str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
+        str(SCRIPT), strategy, path, str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = torch.load(out, weights_only=True)
+    before = ranks_meta.start().state_dict()
+    assert max(float((value - before[name]).abs().max()) for name, value in one["weights"].items()) > 1e-3
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=2e-6)
+    assert (
+        {"val/auc", "val/ranking", "val/right", "train/loss"}
+        <= two["metrics"].keys()
+        == one["metrics"].keys()
+    )
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
