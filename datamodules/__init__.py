@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.batch import collate as collate
     from lightning_onpolicy.datamodules.dynamic import DynamicSampling as DynamicSampling
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
+    from lightning_onpolicy.datamodules.judging.meta import MetaReading as MetaReading
     from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate as JudgeTemplate
     from lightning_onpolicy.datamodules.judging.source import JudgeSource as JudgeSource
     from lightning_onpolicy.datamodules.loader import EvaluationLoader as EvaluationLoader
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.supervised import SupervisedDataModule as SupervisedDataModule
     from lightning_onpolicy.datamodules.targets import TargetLengthSource as TargetLengthSource
     from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource as TeacherTextSource
+    from lightning_onpolicy.datamodules.trajectories import TrajectoryDataModule as TrajectoryDataModule
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -47,6 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "FileSource": "sources",
         "Group": "batch",
         "GymSource": "gym",
+        "MetaReading": "judging.meta",
         "JudgeSource": "judging.source",
         "JudgeTemplate": "judging.prompts",
         "OnPolicyDataModule": "onpolicy",
@@ -59,6 +62,7 @@ __getattr__, __dir__, __all__ = attach(
         "SupervisedDataModule": "supervised",
         "TargetLengthSource": "targets",
         "TeacherTextSource": "teacher_text",
+        "TrajectoryDataModule": "trajectories",
         "collate": "batch",
     },
 )

@@ -17,7 +17,7 @@ from lightning_onpolicy.datamodules.precision import keep_batches
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
-from lightning_onpolicy.datamodules.stream_loader import StreamLoader
+from lightning_onpolicy.datamodules.stream_loader import StreamLoader, epoch_steps
 
 
 def preference_rows(
@@ -273,17 +273,12 @@ class PairDataModule(pl.LightningDataModule):
         module: Any = self.trainer.lightning_module
         rank, world = shard_of(self.trainer)
         stream = self._render(source, module.tokenizer, shuffle=shuffle, rank=rank, world_size=world)
-        limit = self.trainer.limit_train_batches
-        steps = self.steps_per_epoch
-        if not shuffle:  # ranks see equally many; the last prompts come round again where they do not divide
-            steps = -(-stream.source_size // (world * self.prompts_per_batch))
-        elif isinstance(limit, int):
-            steps = min(steps, limit)
+        wanted, limit = (self.steps_per_epoch, self.trainer.limit_train_batches) if shuffle else (None, None)
         return PreferenceLoader(
             stream,
             module.tokenizer,
             prompts_per_batch=self.prompts_per_batch,
-            steps=steps,
+            steps=epoch_steps(stream, self.prompts_per_batch, wanted, limit),
             chosen_key=self.chosen_key,
             rejected_key=self.rejected_key,
             limit=self.max_response_tokens,

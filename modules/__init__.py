@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_onpolicy.modules.gad import GAD as GAD
     from lightning_onpolicy.modules.gad_generator import GADGenerator as GADGenerator
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
+    from lightning_onpolicy.modules.meta_reward import MetaRewardModel as MetaRewardModel
+    from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer as MetaRewardScorer
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
     from lightning_onpolicy.modules.preference import PreferenceTune as PreferenceTune
@@ -33,6 +35,8 @@ __getattr__, __dir__, __all__ = attach(
         "GAD": "gad",
         "GADGenerator": "gad_generator",
         "LoraSpec": "specs",
+        "MetaRewardModel": "meta_reward",
+        "MetaRewardScorer": "meta_scorer",
         "ModelSpec": "specs",
         "OnPolicyDistill": "distill",
         "OnPolicyModule": "onpolicy",
