@@ -21,11 +21,11 @@ RECORDS, TABLES, SWEEP, PLOT = "records.jsonl", "tables.txt", "sweep.csv", "accu
 
 
 class JudgeReport(Callback):
-    """Accuracy of a judge per subset, with the ways of counting ties side by side, for every k out of one sampling pass.
+    """Accuracy of a judge per subset, ways of counting ties side by side, for every k out of one sampling pass.
 
     Takes what ``SPCTReward.test_step`` returns. Writes ``records.jsonl`` (every sample's text, order, outcome, scores:
-    all tables can be made again from it), ``tables.txt``, ``sweep.csv`` and ``accuracy.png`` to the folder, and moves an
-    earlier evaluation's folder aside.
+    all tables can be made again from it), ``tables.txt``, ``sweep.csv`` and ``accuracy.png`` to the folder; an earlier
+    evaluation's folder is moved aside.
 
     Args:
         folder: Where files go.

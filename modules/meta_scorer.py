@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
+from lightning_onpolicy.datamodules.judging.judge import MetaScorer
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 from lightning_onpolicy.datamodules.prompts import PromptStream
@@ -13,7 +14,7 @@ from lightning_onpolicy.modules.scalar_reward import FrozenScalar
 from lightning_onpolicy.modules.specs import ModelSpec
 
 
-class MetaRewardScorer(FrozenScalar):
+class MetaRewardScorer(FrozenScalar, MetaScorer):
     """Scores judgements, without their labels: the logit that one is right, for ``meta_vote``.
 
     Args:

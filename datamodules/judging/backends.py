@@ -65,7 +65,7 @@ class EngineBackend(JudgeBackend):
     """A model in this process.
 
     Args:
-        model: A path or ``ModelSpec``, loaded when it is first asked; or a live ``Policy``, whose weights are those of the
+        model: A path or ``ModelSpec``, loaded when it is first asked; or a live ``Policy``, with its weights of the
             moment.
         sampling: How tokens are drawn.
         chat_options: More arguments for the chat template.
@@ -100,12 +100,14 @@ class EngineBackend(JudgeBackend):
             from lightning_onpolicy.modules.policy import Policy
             from lightning_onpolicy.modules.specs import ModelSpec
 
-            policy = self.model
+            policy: Any = self.model
             if not isinstance(policy, Policy):
                 device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
                 policy = ModelSpec.of(self.model).load().to(device).requires_grad_(False)
             if not policy.tokenizer.chat_template:
-                raise ValueError("a judge is asked in a chat, and its tokenizer has no chat template: give it one.")
+                raise ValueError(
+                    "a judge is asked in a chat, and its tokenizer has no chat template: give it one."
+                )
             self._engine = TransformersEngine(policy, max_rows=self.max_rows)
         return self._engine
 
@@ -123,13 +125,16 @@ class EngineBackend(JudgeBackend):
                 ids = [completion.ids.tolist() for completion in group]
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 answers[i] = [
-                    Reply(text, c.finish != "length", len(c.ids)) for text, c in zip(texts, group, strict=True)
+                    Reply(text, c.finish != "length", len(c.ids))
+                    for text, c in zip(texts, group, strict=True)
                 ]
         return answers
 
     def _ids(self, tokenizer: Any, prompt: str) -> list[int]:
         chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **self.chat_options)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **self.chat_options
+        )
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 

@@ -107,7 +107,9 @@ def _graded(
     meta: MetaScorer, items: Sequence[JudgeItem], judged: Sequence[tuple[JudgeSample, ...]]
 ) -> list[tuple[JudgeSample, ...]]:
     """The samples that could be read with their meta scores."""
-    pairs = [(i, j) for i, samples in enumerate(judged) for j, s in enumerate(samples) if s.scores is not None]
+    pairs = [
+        (i, j) for i, samples in enumerate(judged) for j, s in enumerate(samples) if s.scores is not None
+    ]
     scores = meta.score([items[i] for i, _ in pairs], [judged[i][j] for i, j in pairs])
     known = dict(zip(pairs, scores, strict=True))
     return [

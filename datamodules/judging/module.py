@@ -54,7 +54,9 @@ class JudgingDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> list[list[EvalCase]]:
         """Items of all benchmarks, one after the other."""
         if not self.test:
-            raise ValueError("data.test is missing: name a benchmark and its file, e.g. {rewardbench2: path}.")
+            raise ValueError(
+                "data.test is missing: name a benchmark and its file, e.g. {rewardbench2: path}."
+            )
         cases: list[EvalCase] = []
         for name, path in self.test.items():
             found = cases_of(path) if name == "items" else load_cases(name, path)

@@ -99,7 +99,9 @@ class ServerBackend(JudgeBackend):
         async def one(i: int, j: int) -> None:
             answers[i][j] = await self._answer(client, gate, requests[i], j, end)
 
-        tasks = [asyncio.create_task(one(i, j)) for i, request in enumerate(requests) for j in range(request.n)]
+        tasks = [
+            asyncio.create_task(one(i, j)) for i, request in enumerate(requests) for j in range(request.n)
+        ]
         try:
             if tasks:
                 done, late = await asyncio.wait(
@@ -135,7 +137,9 @@ class ServerBackend(JudgeBackend):
                 return reply
             self.faults[result.kind] += 1
             if result.kind in STOPS:
-                raise RuntimeError(f"the judge at {self.base_url} cannot be asked ({result.kind}): {result.message}")
+                raise RuntimeError(
+                    f"the judge at {self.base_url} cannot be asked ({result.kind}): {result.message}"
+                )
             wait = wait_before(attempt + 1, result, random.random())
             if result.kind not in AGAIN or time.monotonic() + wait > end:
                 return None
@@ -183,7 +187,9 @@ class ReplyCache:
         # The reward may be asked from another thread than the one that made it, never from two at a time.
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
+        )
 
     def get(self, key: str) -> Reply | None:
         """The reply, if it is there."""

@@ -35,7 +35,9 @@ def read_items(path: str | Path, *, labelled: bool = False) -> list[JudgeItem]:
     for number, (where, row) in enumerate(read_rows(file)):
         item = _item(Fields(where, row), f"{file.stem}/{number}", file.stem)
         if labelled and item.labels is None:
-            raise ValueError(f"{where}: key 'labels' is missing: a judge learns from items whose truth is known.")
+            raise ValueError(
+                f"{where}: key 'labels' is missing: a judge learns from items whose truth is known."
+            )
         if item.uid in seen:
             raise ValueError(f"{where}: the uid {item.uid!r} stands already in {seen[item.uid]}.")
         seen[item.uid] = where
@@ -96,9 +98,7 @@ class JudgeSource(Source):
         limit: int | None = None,
     ) -> None:
         if orders_per_item < 1 or (limit is not None and limit < 1):
-            raise ValueError(
-                f"orders_per_item and limit must be >= 1, got {orders_per_item} and {limit}."
-            )
+            raise ValueError(f"orders_per_item and limit must be >= 1, got {orders_per_item} and {limit}.")
         self.items = read_items(path, labelled=True)[:limit]
         self.template = template or JudgeTemplate()
         self.order, self.orders_per_item, self.seed = order, orders_per_item, seed

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.rewards.composite import WeightedReward as WeightedReward
     from lightning_onpolicy.datamodules.rewards.format import TagReward as TagReward
     from lightning_onpolicy.datamodules.rewards.function import FunctionReward as FunctionReward
+    from lightning_onpolicy.datamodules.rewards.generative import GenerativeReward as GenerativeReward
     from lightning_onpolicy.datamodules.rewards.gym import GymReward as GymReward
     from lightning_onpolicy.datamodules.rewards.instructions import InstructionReward as InstructionReward
     from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward as JudgementReward
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = attach(
         "Cosine": "lengths",
         "FunctionReward": "function",
         "GatedReward": "composite",
+        "GenerativeReward": "generative",
         "GymReward": "gym",
         "InstructionReward": "instructions",
         "JudgementReward": "judgement",

@@ -113,8 +113,12 @@ class GenerativeReward(Reward):
         messages = tuple(
             row.get("messages") or ({"role": "user", "content": str(row.get("prompt", group.prompt.text))},)
         )
-        digest = hashlib.blake2b(repr((messages, texts, reference)).encode("utf-8", "surrogatepass"), digest_size=8)
-        return JudgeItem(messages, texts, uid=digest.hexdigest(), source=group.prompt.source, reference=reference)
+        digest = hashlib.blake2b(
+            repr((messages, texts, reference)).encode("utf-8", "surrogatepass"), digest_size=8
+        )
+        return JudgeItem(
+            messages, texts, uid=digest.hexdigest(), source=group.prompt.source, reference=reference
+        )
 
     def _verdict(self, scores: Sequence[Sequence[int] | None], meta: Sequence[float | None]) -> Verdict:
         return vote(scores) if self.k_meta is None else meta_vote(scores, meta, self.k_meta)

@@ -45,7 +45,10 @@ class JudgementReward(Reward):
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion; every completion has one."""
         return [
-            [judge_reward(read(g.prompt.row, c, self.think_end).scores, g.prompt.row["labels"]) for c in g.completions]
+            [
+                judge_reward(read(g.prompt.row, c, self.think_end).scores, g.prompt.row["labels"])
+                for c in g.completions
+            ]
             for g in groups
         ]
 
@@ -71,7 +74,8 @@ class ReadableReward(Reward):
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion; every completion has one."""
         return [
-            [float(read(g.prompt.row, c, self.think_end).outcome == "ok") for c in g.completions] for g in groups
+            [float(read(g.prompt.row, c, self.think_end).outcome == "ok") for c in g.completions]
+            for g in groups
         ]
 
 
