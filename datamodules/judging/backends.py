@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lightning_onpolicy.datamodules.batch import Sampling
@@ -54,6 +54,10 @@ class JudgeBackend(Protocol):
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
         """``n`` answers for each request, in the order given; None where one could not be had."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What its answers depend on, as plain values: equal descriptions, equal answers."""
         ...
 
     def close(self) -> None:
@@ -138,6 +142,11 @@ class EngineBackend(JudgeBackend):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def describe(self) -> dict[str, Any]:
+        """Model, sampling and template options; of a live policy its type, whose weights nobody can tell."""
+        model = self.model if isinstance(self.model, str) else repr(self.model)[:500]
+        return {"model": model, "sampling": asdict(self.sampling), "chat_options": self.chat_options}
+
     def close(self) -> None:
         """Forget the engine."""
         self._engine = None
@@ -201,6 +210,10 @@ class CallableBackend(JudgeBackend):
             raise failed[0]
         texts = [[found.get((i, j)) for j in range(request.n)] for i, request in enumerate(requests)]
         return [[None if text is None else Reply(text, True, 0) for text in group] for group in texts]
+
+    def describe(self) -> dict[str, Any]:
+        """The function's name."""
+        return {"function": f"{self.function.__module__}.{self.function.__qualname__}"}
 
     def close(self) -> None:
         """Nothing to free."""

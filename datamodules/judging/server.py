@@ -169,6 +169,15 @@ class ServerBackend(JudgeBackend):
         text = json.dumps([self.base_url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """Address, model, sampling and further keys."""
+        return {
+            "base_url": self.base_url,
+            "model": self.model,
+            "sampling": asdict(self.sampling),
+            "extra": self.extra,
+        }
+
     def close(self) -> None:
         """Close the cache."""
         if self._cache is not None:
