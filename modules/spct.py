@@ -21,6 +21,7 @@ from lightning_onpolicy.datamodules.judging.cases import EvalCase
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
+from lightning_onpolicy.datamodules.judging.module import ItemBatch
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged
@@ -124,12 +125,15 @@ class SPCTReward(ProRLGRPO):
             )
         return self._judge
 
-    def predict_step(self, batch: RolloutBatch | Sequence[JudgeItem], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(
+        self, batch: RolloutBatch | ItemBatch[JudgeItem], batch_idx: int
+    ) -> list[dict[str, Any]]:
         """One row per item: its keys, ``scores`` (means over the samples that vote, or null), ``best``, ``samples``."""
         if isinstance(batch, RolloutBatch):
             return super().predict_step(batch, batch_idx)
         return [
-            self._row(item, samples) for item, samples in zip(batch, self.judge.judge(batch), strict=True)
+            self._row(item, samples)
+            for item, samples in zip(batch, self.judge.judge(batch.items), strict=True)
         ]
 
     def _row(self, item: JudgeItem, samples: Sequence[JudgeSample]) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class SPCTReward(ProRLGRPO):
         }
 
     def test_step(  # type: ignore[override]
-        self, batch: RolloutBatch | Sequence[EvalCase], batch_idx: int
+        self, batch: RolloutBatch | ItemBatch[EvalCase], batch_idx: int
     ) -> dict[str, Any] | None:
         """Benchmarks' items: ``{"judged": …}`` for ``JudgeReport``."""
         if isinstance(batch, RolloutBatch):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
 
 import lightning.pytorch as pl
 
@@ -14,6 +14,42 @@ from lightning_onpolicy.datamodules.judging.source import cases_of, read_items
 from lightning_onpolicy.datamodules.prompts import shard_of
 
 X = TypeVar("X")
+
+
+class ItemBatch(Generic[X]):
+    """Some items; nothing that a Trainer would look into for tensors.
+
+    Args:
+        items: The items.
+    """
+
+    def __init__(self, items: Sequence[X]) -> None:
+        self.items = tuple(items)
+
+    def __iter__(self) -> Iterator[X]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class ItemLoader(Generic[X]):
+    """Batches of items, in order.
+
+    Args:
+        items: This rank's.
+        size: Of a batch.
+    """
+
+    def __init__(self, items: Sequence[X], size: int) -> None:
+        self.items, self.size = items, size
+
+    def __iter__(self) -> Iterator[ItemBatch[X]]:
+        for start in range(0, len(self.items), self.size):
+            yield ItemBatch(self.items[start : start + self.size])
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.size)
 
 
 class JudgingDataModule(pl.LightningDataModule):
@@ -45,13 +81,13 @@ class JudgingDataModule(pl.LightningDataModule):
         self.predict, self.test = predict, test or {}
         self.items_per_batch, self.limit = items_per_batch, limit
 
-    def predict_dataloader(self) -> list[list[JudgeItem]]:
+    def predict_dataloader(self) -> ItemLoader[JudgeItem]:
         """Items to score."""
         if self.predict is None:
             raise ValueError("data.predict is missing: name a file of items to score.")
         return self._batches(read_items(self.predict)[: self.limit])
 
-    def test_dataloader(self) -> list[list[EvalCase]]:
+    def test_dataloader(self) -> ItemLoader[EvalCase]:
         """Items of all benchmarks, one after the other."""
         if not self.test:
             raise ValueError(
@@ -63,7 +99,6 @@ class JudgingDataModule(pl.LightningDataModule):
             cases += found[: self.limit]
         return self._batches(cases)
 
-    def _batches(self, values: Sequence[X]) -> list[list[X]]:
+    def _batches(self, values: Sequence[X]) -> ItemLoader[X]:
         rank, world = shard_of(self.trainer)
-        own = values[rank::world]
-        return [list(own[i : i + self.items_per_batch]) for i in range(0, len(own), self.items_per_batch)]
+        return ItemLoader(values[rank::world], self.items_per_batch)
