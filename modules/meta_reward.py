@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.judged import PREFERRED
 from lightning_onpolicy.datamodules.judging.meta import ITEM
+from lightning_onpolicy.datamodules.trajectories import TrajectoryDataModule
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.judging.discernment import Discernment
 from lightning_onpolicy.modules.losses.rightness import rightness_loss
@@ -83,6 +84,13 @@ class MetaRewardModel(ScalarTraining):
             keep_B=micro.response_mask.any(1),
         )
         return LossOutput(loss, means)
+
+    def on_fit_end(self) -> None:
+        """Write the model, and with it how it read judgements."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TrajectoryDataModule):
+            data.reading.remember(self.model.body.config)
+        super().on_fit_end()
 
     def observe(self, batch: RolloutBatch) -> None:
         """Scores of held-out judgements."""

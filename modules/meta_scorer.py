@@ -19,7 +19,7 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
 
     Args:
         model: What ``MetaRewardModel`` exported, or a live :class:`ScalarModel`.
-        reading: How a judgement is read; as in training.
+        reading: How a judgement is read; null reads as in training.
         micro_batch_tokens: Positions (rows × longest row) per forward pass.
         device: Where to score; null takes CUDA where there is, or else the CPU.
 
@@ -41,7 +41,7 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
         device: str | None = None,
     ) -> None:
         super().__init__(model, micro_batch_tokens, device)
-        self.reading = reading or MetaReading()
+        self.reading = reading or MetaReading.of(self.model.body.config)
 
     def score(self, items: Sequence[JudgeItem], samples: Sequence[JudgeSample]) -> list[float | None]:
         """One score per judgement; None for those that could not be read, which have no vote.

@@ -6,7 +6,7 @@ Legend: ``B`` judgements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from lightning_onpolicy.datamodules.seeds import derive_seed
 
 ITEM = "item"  # [B] int64 in ``extra``: the number that stands for the item, on all ranks
 READABLE = "readable"  # [B] bool in ``extra``: whether scores could be read
+_SAVED = "onpolicy_meta_reading"  # in the model's config.json: how it read in training
 
 
 @dataclass(frozen=True)
 class MetaReading:
-    """How a meta model reads a judgement; training and scoring must agree in it.
+    """How a meta model reads a judgement; training and scoring must agree in it, so it is saved with the model.
 
     The prompt shows the conversation and the responses as the judge saw them; the reply is what the judge wrote, closed
     by EOS unless it was cut. Thinking is left out: scores are read from what follows it, and so is their worth.
@@ -49,6 +50,19 @@ class MetaReading:
     def __post_init__(self) -> None:
         if self.max_reply_tokens is not None and self.max_reply_tokens < 1:
             raise ValueError(f"reading.max_reply_tokens must be >= 1 or null, got {self.max_reply_tokens}.")
+
+    @classmethod
+    def of(cls, config: Any) -> MetaReading:
+        """How a model read in training; the default if its configuration does not say.
+
+        Args:
+            config: A Hugging Face configuration.
+        """
+        return cls(**getattr(config, _SAVED, {}))
+
+    def remember(self, config: Any) -> None:
+        """Make it part of a model's configuration, so that it is saved along."""
+        setattr(config, _SAVED, asdict(self))
 
     def row(self, item: JudgeItem, sample: JudgeSample, right: bool, uid: str) -> dict[str, Any]:
         """A judgement as a prompt stream takes it (``right`` is the label; anything, where scores are wanted)."""

@@ -79,8 +79,8 @@ def without_thinking(text: str, think_end: str | None) -> str:
     """What follows the last end of thinking; all of the text where there is none.
 
     Example:
-        >>> without_thinking("Hm. </think>\\boxed{7, 9}", "</think>")
-        '\\\\boxed{7, 9}'
+        >>> without_thinking("Hm. </think>Both are fine.", "</think>")
+        'Both are fine.'
     """
     if think_end is None or think_end not in text:
         return text

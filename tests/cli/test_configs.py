@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import toys
+import trajectories
 import yaml
 
 from lightning_onpolicy._configs import config_root, list_configs
@@ -22,7 +23,8 @@ MORE = {
     "quickstart/calculator": [
         "--model.init_args.student.path=onpolicy://quickstart/models/student",
         "--data.init_args.dynamic_sampling=null",
-    ]
+    ],
+    "quickstart/spct_meta": ["--model.init_args.model.path=onpolicy://quickstart/models/student"],
 }
 
 
@@ -40,13 +42,16 @@ def small(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a file of prompts and responses where quickstart/sft looks for one."""
+    """A working folder with responses where quickstart/sft looks for them, and judgements where spct_meta does."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "runs" / "teacher_answers.jsonl"
     file.parent.mkdir()
     file.write_text(
         "".join(json.dumps({"prompt": f"{i}+1+1=", "response": str(i + 2)}) + "\n" for i in range(8))
     )
+    judged = tmp_path / "runs" / "spct" / "trajectories.jsonl"
+    judged.parent.mkdir()
+    trajectories.write(judged, trajectories.lines(20, 3))
     return file
 
 
@@ -55,7 +60,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_quickstart_configurations_run_as_they_are(name: str, tmp_path: Path, answers: Path) -> None:
     flags = small(tmp_path)
     config = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
-    if config["data"]["class_path"] == "PairDataModule":  # validates on pairs: nothing is sampled
+    if config["data"]["class_path"] in ("PairDataModule", "TrajectoryDataModule"):  # nothing is sampled
         flags = [flag for flag in flags if ".eval_" not in flag]
     main(["fit", "-c", name, *flags, *MORE.get(name, [])])
 

@@ -66,7 +66,7 @@ def test_one_uid_in_two_sources_is_on_one_side(tmp_path: Path) -> None:
 
 
 def test_wrong_ones_stay_hinted_ones_go_and_unreadable_ones_are_not_validated_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = lines(30, 4)
     unread = [line(f"i{i}", 9, outcome="missing") for i in range(30)]

@@ -33,7 +33,7 @@ def run(strategy: str, file: str, folder: Path) -> dict[str, Any]:
         start(),
         positive_weight=2.0,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05),
-        loop=LoopSpec(micro_batch_tokens=150, max_grad_norm=None, deadline_s=60.0),
+        loop=LoopSpec(micro_batch_tokens=250, max_grad_norm=None, deadline_s=60.0),
     )
     data = TrajectoryDataModule(file, val_fraction=0.4, prompts_per_batch=10 // world, steps_per_epoch=2)
     trainer = ranks_fit.trainer(strategy, 2, folder)

@@ -165,7 +165,7 @@ def test_the_cut_into_micro_batches_never_shows(minibatches: int, tmp_path: Path
 def test_what_is_exported_scores_the_same(lora: LoraSpec | None, tmp_path: Path) -> None:
     """Catches: a scorer that reads otherwise than in training: another order, template, limit or EOS."""
     path = write(tmp_path / "t.jsonl", [*lines(40, 3), *lines(40, 1, outcome="truncated", source="cut")])
-    reading = MetaReading(max_reply_tokens=7)
+    reading = MetaReading(think_end="t3", chat_options={"unused": 1}, max_reply_tokens=7)
     module = meta(scalar(lora=lora), export=str(tmp_path / "export"), loop=LoopSpec(micro_batch_tokens=300))
     run, held = trainer(tmp_path), data(path, reading=reading)
     run.fit(module, datamodule=held)
@@ -176,7 +176,8 @@ def test_what_is_exported_scores_the_same(lora: LoraSpec | None, tmp_path: Path)
     loaded = ScalarModel.from_pretrained(str(tmp_path / "export")).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded.scores(batch.input_ids, batch.attention_mask), expected)
-    scorer = MetaRewardScorer(str(tmp_path / "export"), reading, micro_batch_tokens=200, device="cpu")
+    scorer = MetaRewardScorer(str(tmp_path / "export"), micro_batch_tokens=200, device="cpu")
+    assert scorer.reading == reading and MetaRewardScorer(scalar()).reading == MetaReading()
     every = read_trajectories([path])
     got = scorer.score([t.item for t in every], [t.sample for t in every])
     assert [score is None for score in got] == [t.sample.scores is None for t in every]
@@ -262,7 +263,9 @@ def test_the_quickstart_trains_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
     """Catches: a mean over ranks of means, padding pieces that are trained on, repeats that are validated twice."""
-    path = write(tmp_path / "t.jsonl", lines(30, 3))
+    path = write(
+        tmp_path / "t.jsonl", [*lines(20, 3), *lines(10, 3, first=20, n=9)]
+    )  # pieces of unequal number
     one = ranks_meta.run("auto", path, tmp_path)
     out = tmp_path / "result.pt"
     paths = [str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
