@@ -41,7 +41,7 @@ class GADDiscriminator(UpdateLoop, LeanCheckpoint, pl.LightningModule):
         model: The causal LM whose body to start from, or what ``save_pretrained`` of a :class:`ScalarModel` wrote: a
             path, a :class:`ModelSpec` (with ``lora``, adapters and the head train), or a live :class:`ScalarModel`.
         pairs: What is minimised.
-        r1: Coefficient of the gradient penalty.
+        r1: Coefficient of the gradient penalty; not under FSDP2.
         head_std: Standard deviation of a new head's weight.
         optimizer: From parameters to an optimizer.
         scheduler: From the optimizer to a schedule.
@@ -119,6 +119,8 @@ class GADDiscriminator(UpdateLoop, LeanCheckpoint, pl.LightningModule):
         """Refuse strategies on which the loop would be wrong."""
         if stage == "fit":
             parallel.refuse_unfit(self.trainer)
+            if self.r1:
+                parallel.refuse_second_derivative(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """One, over what trains."""
