@@ -296,5 +296,5 @@ class GAD(GADGenerator):
 
 
 def taught(batch: RolloutBatch) -> RolloutBatch:
-    """The batch with only the teacher's tokens to learn from. Rows stay: a rank without a teacher's answer keeps step."""
+    """Only the teacher's tokens are to be learnt. All rows stay, so that a rank without any such token keeps step."""
     return dataclasses.replace(batch, response_mask=batch.response_mask & ~batch.on_policy[:, None])

@@ -1,4 +1,7 @@
-"""GAD on two ranks: both players are one process's, in every phase, pairs or none; and they resume bit for bit."""
+"""GAD on two ranks: both players are one process's, in every phase, pairs or none; and they resume bit for bit.
+
+Numbers are those of the sheet's list of traps.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks_gad
 import torch
+import toys
+from duels import gad
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_onpolicy.modules import GADDiscriminator, GADGenerator, PreferenceTune
+from lightning_onpolicy.modules.scalar import ScalarModel
 
 SCRIPT = Path(ranks_gad.__file__)
 DEADLINE_S = 120  # a rank that leaves the others waiting is found out by it
@@ -75,3 +85,41 @@ def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
+
+
+def judge() -> ScalarModel:
+    return ScalarModel.copy_of(toys.policy(0), std=0.2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [
+        (FSDPStrategy(), "use ModelParallelStrategy"),
+        (
+            object.__new__(DeepSpeedStrategy),
+            "use DDP or ModelParallelStrategy",
+        ),  # making one needs the package
+    ],
+    ids=["fsdp1", "deepspeed"],
+)
+def test_strategies_without_manual_optimisation_are_refused(strategy: Any, named: str) -> None:
+    players = [gad(), GADGenerator(toys.policy(0), judge())]
+    for module in (*players, GADDiscriminator(judge()), PreferenceTune(toys.policy(0))):
+        module.trainer = SimpleNamespace(strategy=strategy, precision="32-true")  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=named) as refused:
+            module.setup("fit")
+        assert "\n" not in str(refused.value)
+        module.setup("validate")
+
+
+def test_a_second_derivative_under_fsdp2_is_refused() -> None:
+    """It would end in a segmentation fault."""
+    strategy = object.__new__(type("Split", (ModelParallelStrategy,), {"distributed_sampler_kwargs": None}))
+    type(strategy).distributed_sampler_kwargs = {"num_replicas": 2}
+    run = SimpleNamespace(strategy=strategy, precision="32-true", world_size=2)
+    for make in (lambda r1: gad(r1=r1), lambda r1: GADDiscriminator(judge(), r1=r1)):
+        plain, penalised = make(0.0), make(0.1)
+        plain.trainer = penalised.trainer = run
+        plain.setup("fit")
+        with pytest.raises(ValueError, match=r"use DDP instead, or set r1 to 0\."):
+            penalised.setup("fit")
