@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.mix import DomainMix as DomainMix
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
-    from lightning_onpolicy.datamodules.preferences import PairDataModule as PairDataModule
+    from lightning_onpolicy.datamodules.pairs import PairDataModule as PairDataModule
     from lightning_onpolicy.datamodules.preferences import PreferenceDataModule as PreferenceDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "PairDataModule": "preferences",
+        "PairDataModule": "pairs",
         "PreferenceDataModule": "preferences",
         "Completion": "batch",
         "DatasetSource": "sources",

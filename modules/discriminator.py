@@ -163,8 +163,14 @@ class GADDiscriminator(UpdateLoop, LeanCheckpoint, pl.LightningModule):
     def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         """Accuracy on held-out pairs."""
         self._refuse(batch)
-        preferred, group = batch.extra[PREFERRED].cpu(), batch.group.cpu()
-        score, length = self.score(batch).cpu(), batch.response_lengths.cpu().double()
+        score_B = self.score(batch).cpu()  # of repetitions too, which keep ranks in step and do not count
+        counted_B = batch.extra.get("counted", torch.ones_like(batch.on_policy)).cpu()
+        length_B, group_B, preferred_B = (
+            value_B.cpu() for value_B in (batch.response_lengths, batch.group, batch.extra[PREFERRED])
+        )
+        score, length, group, preferred = (
+            value_B[counted_B] for value_B in (score_B, length_B.double(), group_B, preferred_B)
+        )
         pairs = pair_rows(group[~preferred], group[preferred])
         right = pair_accuracy(score[~preferred], score[preferred], pairs, group[~preferred])
         drift = length_correlation(score, length, group)

@@ -46,6 +46,11 @@ def test_two_ranks_equal_one_process_and_resume(tmp_path: Path, strategy: str) -
             assert together[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (step, name)
 
     whole, resumed = found["whole"], found["resumed"]
+    taken = [whole["clock"][f"{player}_steps"] for player in ("policy", "discriminator")]
+    assert taken == [2 * 4, 2 * 6]
+    first_rates = (1e-3, 1e-2)
+    for rate, start, steps in zip(whole["rates"], first_rates, taken, strict=True):
+        assert rate == pytest.approx(start * 0.9**steps), "each schedule follows its own player"
     for part in ("clock", "rates", "global_step"):
         assert whole[part] == resumed[part], part
     assert whole["metrics"][ranks_gad.SAVED_AFTER + 1 :] == resumed["metrics"]

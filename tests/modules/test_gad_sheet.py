@@ -166,6 +166,22 @@ def test_a_teachers_answer_read_once_counts_as_in_separate_pairs() -> None:
     torch.testing.assert_close(once, separate, atol=1e-5, rtol=1e-4)
 
 
+def test_groups_without_a_teachers_answer_do_not_count() -> None:
+    """10. Catches: a divisor that counts rows with nothing to be compared with."""
+    module = gad(pairs={"score_penalty": 0.1}, r1=0.01)
+    module.configure_model()
+    module.trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    batch = duel_batch(2, groups=3)
+    lonely = batch.select((batch.on_policy | (batch.group != 1)).nonzero()[:, 0])
+    paired = batch.select((batch.group != 1).nonzero()[:, 0])
+    found = []
+    for one in (lonely, paired):
+        with torch.no_grad():
+            rows = module.judge(one).rows
+        found.append(gradients(module, module.pair_loss(rows, module._counts(rows)).loss))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 def gradients(module: GAD, loss: Tensor) -> Tensor:
     parameters = [p for p in module.discriminator.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
