@@ -1,13 +1,14 @@
 """GAD on N ranks, as a script: ``torchrun --nproc-per-node N ranks_gad.py STRATEGY OUT``.
 
 Every rank trains on its share of the same groups, so the weights of both players afterwards must equal those of one
-process that saw them all. Two batches of each phase; in the second of them rank 1's groups have no teacher's answer, so
-that it has no pair and, in the joint warm-up, no row to imitate. Then a run with all that a checkpoint holds, whole and
-resumed.
+process that saw them all. Two batches of each phase. In the first, what rank 1 sampled is empty; in the second its groups
+have no teacher's answer, so that it has no pair and, in the joint warm-up, no row to imitate. Then a run with all that a
+checkpoint holds, whole and resumed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -47,10 +48,24 @@ class Share(Duels):
             self.done += 1
             batch = duel_batch(self.done, groups=GROUPS, answers=2)
             second = batch.group >= CUT
-            if self.done % 2 == 0:
+            if self.done % 2:
+                batch = emptied(batch, batch.on_policy & second)
+            else:
                 batch = batch.select((batch.on_policy | ~second).nonzero()[:, 0])
-                second = batch.group >= CUT
+            second = batch.group >= CUT
             yield batch if self.world == 1 else batch.select((second == bool(self.rank)).nonzero()[:, 0])
+
+
+def emptied(batch: RolloutBatch, which_B: Tensor) -> RolloutBatch:
+    """Without a single response token in some rows."""
+    gone_BT = batch.response_mask & which_B[:, None]
+    return dataclasses.replace(
+        batch,
+        attention_mask=batch.attention_mask & ~gone_BT,
+        response_mask=batch.response_mask & ~gone_BT,
+        sampler_logprobs=batch.sampler_logprobs.masked_fill(gone_BT, 0.0),
+        texts=tuple("" if gone else text for gone, text in zip(which_B.tolist(), batch.texts, strict=True)),
+    )
 
 
 def compared(r1: float = 0.0) -> GAD:
