@@ -1,9 +1,9 @@
 """GAD on N ranks, as a script: ``torchrun --nproc-per-node N ranks_gad.py STRATEGY OUT``.
 
 Every rank trains on its share of the same groups, so the weights of both players afterwards must equal those of one
-process that saw them all. Two batches of each phase. In the first, what rank 1 sampled is empty; in the second its groups
-have no teacher's answer, so that it has no pair and, in the joint warm-up, no row to imitate. Then a run with all that a
-checkpoint holds, whole and resumed.
+process that saw them all. Two batches of each phase: in the first, what rank 1 sampled is empty; in the second, its
+groups have no teacher's answer, so that it has no pair and, in the joint warm-up, no row to imitate. Then a run with
+all that a checkpoint holds, whole and resumed.
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ import toys
 from duels import gad
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_onpolicy.modules import GADDiscriminator, GADGenerator, PreferenceTune
+from lightning_onpolicy.modules import GAD, GADDiscriminator, GADGenerator, PreferenceTune
+from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.scalar import ScalarModel
+from lightning_onpolicy.modules.specs import LoraSpec
 
 SCRIPT = Path(ranks_gad.__file__)
 DEADLINE_S = 120  # a rank that leaves the others waiting is found out by it
@@ -128,3 +130,10 @@ def test_a_second_derivative_under_fsdp2_is_refused() -> None:
         plain.setup("fit")
         with pytest.raises(ValueError, match=r"use DDP instead, or set r1 to 0\."):
             penalised.setup("fit")
+
+
+def test_one_base_for_two_players_under_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GAD, "device_mesh", object())  # as the strategy would have set it
+    policy = Policy(toys.llama(0, tie=False), toys.tokenizer(), lora=LoraSpec(r=2))
+    with pytest.raises(ValueError, match="name a model for it in discriminator, or leave student.lora out"):
+        gad(policy, discriminator_lora=LoraSpec(r=2)).configure_model()
