@@ -135,5 +135,5 @@ def test_a_second_derivative_under_fsdp2_is_refused() -> None:
 def test_one_base_for_two_players_under_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GAD, "device_mesh", object())  # as the strategy would have set it
     policy = Policy(toys.llama(0, tie=False), toys.tokenizer(), lora=LoraSpec(r=2))
-    with pytest.raises(ValueError, match="name a model for it in discriminator, or leave student.lora out"):
+    with pytest.raises(ValueError, match=r"name a model for it in discriminator, or leave student\.lora out"):
         gad(policy, discriminator_lora=LoraSpec(r=2)).configure_model()
