@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.callbacks.completions import CompletionWriter as CompletionWriter
     from lightning_onpolicy.callbacks.evaluation_report import EvaluationReport as EvaluationReport
     from lightning_onpolicy.callbacks.export import ExportHF as ExportHF
+    from lightning_onpolicy.callbacks.judge_report import JudgeReport as JudgeReport
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
     from lightning_onpolicy.callbacks.report import LearningCurve as LearningCurve
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = attach(
         "EvaluationReport": "evaluation_report",
         "EveryNSteps": "triggers",
         "ExportHF": "export",
+        "JudgeReport": "judge_report",
         "LearningCurve": "report",
         "MismatchMonitor": "monitors",
         "OptimizerReset": "resets",

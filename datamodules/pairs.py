@@ -14,6 +14,7 @@ from lightning_onpolicy.datamodules.precision import keep_batches
 from lightning_onpolicy.datamodules.preferences import PreferenceLoader, preference_rows
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
 from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.stream_loader import epoch_steps
 
 
 class HeldOutLoader:
@@ -107,12 +108,13 @@ class PairDataModule(pl.LightningDataModule):
         """Training pairs, in a shuffled order."""
         stream, tokenizer = self._stream("train", shuffle=True)
         assert self.trainer is not None
-        limit = self.trainer.limit_train_batches
         return PreferenceLoader(
             stream,
             tokenizer,
             prompts_per_batch=self.prompts_per_batch,
-            steps=min(self.steps_per_epoch, limit) if isinstance(limit, int) else self.steps_per_epoch,
+            steps=epoch_steps(
+                stream, self.prompts_per_batch, self.steps_per_epoch, self.trainer.limit_train_batches
+            ),
             chosen_key=self.chosen_key,
             rejected_key=self.rejected_key,
             limit=self.max_response_tokens,

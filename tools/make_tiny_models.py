@@ -104,7 +104,7 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
     return [
         Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1000, seed=seed),
         Recipe("student", 4, 128, 256, steps=1000, seed=seed + 1, noisy_steps=60, survival=0.35),
-        Recipe("reader", 3, 96, 192, steps=500, seed=seed + 2, pieces=384),
+        Recipe("reader", 4, 128, 256, steps=1000, seed=seed + 2, noisy_steps=60, survival=0.35, pieces=384),
     ]
 
 

@@ -39,19 +39,19 @@ def make_pool(tokenizer: Any, items: Sequence[Item]) -> Pool:
 
 
 class Noise:
-    """Replaces letters and digits of answers by others, so that an answer survives with a given chance."""
+    """Replaces tokens of letters or digits in answers by others, so that an answer survives with a given chance."""
 
     def __init__(self, tokenizer: Any, survival: float) -> None:
         self.survival = survival
         vocab = tokenizer.get_vocab()
         self.kind = torch.zeros(len(vocab), dtype=torch.long)  # 0: never replaced
         self.members = torch.zeros(4, len(vocab))
-        for kind, letters in enumerate(
-            ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), start=1
-        ):
-            ids = torch.tensor([vocab[letter] for letter in letters])
-            self.kind[ids] = kind
-            self.members[kind, ids] = 1.0
+        kinds = (str.isdigit, str.islower, str.isupper)
+        for token, index in vocab.items():
+            if token.isascii() and token.isalnum():
+                self.kind[index] = 1 + next((k for k, holds in enumerate(kinds) if holds(token)), -1)
+        for kind in range(1, 4):
+            self.members[kind, self.kind == kind] = 1.0
 
     def chances(self, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         """Return each token's chance of being replaced; it is zero outside the mask ``answer``."""
