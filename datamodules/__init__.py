@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.maker import RolloutMaker as RolloutMaker
     from lightning_onpolicy.datamodules.mix import DomainMix as DomainMix
     from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule as OnPolicyDataModule
-    from lightning_onpolicy.datamodules.preferences import PairDataModule as PairDataModule
+    from lightning_onpolicy.datamodules.pairs import PairDataModule as PairDataModule
     from lightning_onpolicy.datamodules.preferences import PreferenceDataModule as PreferenceDataModule
     from lightning_onpolicy.datamodules.prompts import PromptStream as PromptStream
     from lightning_onpolicy.datamodules.sources import DatasetSource as DatasetSource
@@ -61,7 +61,7 @@ __getattr__, __dir__, __all__ = attach(
         "JudgingDataModule": "judging.module",
         "MetaReading": "judging.meta",
         "OnPolicyDataModule": "onpolicy",
-        "PairDataModule": "preferences",
+        "PairDataModule": "pairs",
         "PreferenceDataModule": "preferences",
         "Prompt": "batch",
         "PromptStream": "prompts",

@@ -33,7 +33,7 @@ class GADDiscriminator(ScalarTraining):
         model: The causal LM whose body to start from, or what ``save_pretrained`` of a :class:`ScalarModel` wrote: a
             path, a :class:`ModelSpec` (with ``lora``, adapters and the head train), or a live :class:`ScalarModel`.
         pairs: What is minimised.
-        r1: Coefficient of the gradient penalty.
+        r1: Coefficient of the gradient penalty; not under FSDP2.
         head_std: Standard deviation of a new head's weight.
         optimizer: From parameters to an optimizer.
         scheduler: From the optimizer to a schedule.
@@ -74,14 +74,26 @@ class GADDiscriminator(ScalarTraining):
             }
         )
 
+    def setup(self, stage: str) -> None:
+        """Also refuse a gradient penalty that the strategy cannot compute."""
+        super().setup(stage)
+        if stage == "fit" and self.r1:
+            parallel.refuse_second_derivative(self.trainer)
+
     def loss(self, micro: RolloutBatch, counts: Counts) -> LossOutput:
         """The micro-batch's share."""
         return pair_loss(self.model, micro, counts, self.pairs, self.r1)
 
     def observe(self, batch: RolloutBatch) -> None:
         """Accuracy on held-out pairs."""
-        preferred, group = batch.extra[PREFERRED].cpu(), batch.group.cpu()
-        score, length = self.score(batch).cpu(), batch.response_lengths.cpu().double()
+        score_B = self.score(batch).cpu()  # of repetitions too, which keep ranks in step and do not count
+        counted_B = batch.extra.get("counted", torch.ones_like(batch.on_policy)).cpu()
+        length_B, group_B, preferred_B = (
+            value_B.cpu() for value_B in (batch.response_lengths, batch.group, batch.extra[PREFERRED])
+        )
+        score, length, group, preferred = (
+            value_B[counted_B] for value_B in (score_B, length_B.double(), group_B, preferred_B)
+        )
         pairs = pair_rows(group[~preferred], group[preferred])
         right = pair_accuracy(score[~preferred], score[preferred], pairs, group[~preferred])
         drift = length_correlation(score, length, group)

@@ -191,14 +191,13 @@ class GADGenerator(ProRLGRPO):
         own, group = batch.on_policy.cpu(), batch.group.cpu()[batch.on_policy.cpu()]
         length_B, pairs = verdict.rows.response_lengths.cpu(), verdict.pairs
         scores, lengths = ((value_B[own], value_B[~own]) for value_B in (verdict.score_B, length_B))
-        values = {"length_correlation": length_correlation(scores[0], lengths[0], group)}
-        if len(pairs):
-            values |= {
-                "accuracy": pair_accuracy(*scores, pairs, group),
-                "matched_accuracy": matched_accuracy(*scores, *lengths, pairs, group),
-                "score_gap": score_gap(*scores, pairs, group),
-                "length_gap": length_gap(*lengths, pairs, group),
-            }
+        values = {  # the same names whether or not this rank has a pair: they are summed over ranks
+            "length_correlation": length_correlation(scores[0], lengths[0], group),
+            "accuracy": pair_accuracy(*scores, pairs, group),
+            "matched_accuracy": matched_accuracy(*scores, *lengths, pairs, group),
+            "score_gap": score_gap(*scores, pairs, group),
+            "length_gap": length_gap(*lengths, pairs, group),
+        }
         return {
             f"fresh/{name}": torch.full((value.n,), value.mean, dtype=torch.float64)
             for name, value in values.items()

@@ -9,6 +9,7 @@ import torch
 from lightning_onpolicy.datamodules.batch import Group, RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.datamodules.judged import judged_rows, read_anew
+from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.modules.microbatch import cut_micro_batches
 from lightning_onpolicy.modules.scalar import ScalarModel
 from lightning_onpolicy.modules.specs import ModelSpec
@@ -48,7 +49,7 @@ class FrozenScalar:
         return scores.tolist()
 
 
-class ScalarReward(FrozenScalar):
+class ScalarReward(FrozenScalar, Reward):
     """Scores of a scalar model that stays as it is (a ``Reward``). It reads texts, whatever the policy's tokenizer.
 
     Args:
