@@ -6,13 +6,18 @@ Legend: ``k`` samples, ``n`` responses.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import judges
 import lightning.pytorch as pl
 import pytest
+import ranks_spct
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.cli import main
@@ -24,6 +29,7 @@ from lightning_onpolicy.datamodules.judging.records import read_records
 from lightning_onpolicy.datamodules.judging.rejection import item_row
 from lightning_onpolicy.datamodules.judging.source import JudgeSource
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
+from lightning_onpolicy.datamodules.rewards.function import FunctionReward
 from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward, ReadableReward
 from lightning_onpolicy.modules.losses.advantages import advantages
 from lightning_onpolicy.modules.losses.settings import AdvantageSpec
@@ -223,3 +229,71 @@ def test_the_command_line_evaluates(file: Path, tmp_path: Path, monkeypatch: pyt
         ]
     )
     assert (tmp_path / "runs" / "spct_eval" / "accuracy.png").stat().st_size > 1000
+
+
+# -- ranks and resume ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_judge_every_item_once_and_train_on_whole_groups(
+    file: Path, short: JudgeTemplate, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    ranks_spct.run(one, file, Path(short.path), "auto", 1)
+    script = Path(ranks_spct.__file__)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*command, str(script), str(two), str(file), short.path],
+        env={**env, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("records.jsonl", "sweep.csv", "tables.txt"):
+        assert (two / "report" / name).read_text() == (one / "report" / name).read_text(), name
+    ranks = [json.loads((two / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["metrics"]["train/scored"] == 1
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    file: Path, short: JudgeTemplate, tmp_path: Path
+) -> None:
+    def fit(folder: Path, epochs: int, ckpt: str | None = None) -> SPCTReward:
+        module = SPCTReward(STUDENT, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))  # type: ignore[arg-type]
+        data = OnPolicyDataModule(
+            train=JudgeSource(file, short, orders_per_item=2),
+            prompts_per_batch=3,
+            group_size=4,
+            steps_per_epoch=2,
+            sampling=Sampling(max_new_tokens=6),
+            rewards={"right": FunctionReward(lambda prompt, response: float(len(response) % 2))},
+        )
+        saving = ModelCheckpoint(dirpath=folder, save_last=True, every_n_epochs=1)
+        run = trainer(folder, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True)
+        run.fit(module, data, ckpt_path=ckpt)
+        return module
+
+    whole = fit(tmp_path / "whole", 2)
+    fit(tmp_path / "half", 1)
+    again = fit(tmp_path / "rest", 2, str(tmp_path / "half" / "last.ckpt"))
+    start = SPCTReward(STUDENT)  # type: ignore[arg-type]
+    start.configure_model()
+    before = start.policy.state_dict()
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, again.policy.state_dict()[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in whole.policy.state_dict().items())
