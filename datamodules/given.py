@@ -26,8 +26,8 @@ def given_weights(prompt: Prompt, count: int, key: str) -> list[float]:
     Raises:
         ValueError: If they are missing, of another number, negative or not finite; the message names the row.
     """
-    value = prompt.row.get(key)
-    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    value: Any = prompt.row.get(key)
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise ValueError(f"row {prompt.uid!r}: {count} responses, but {len(values)} entries in {key!r}.")
     for weight in values:
