@@ -260,12 +260,7 @@ class GAD(GADGenerator):
         if phase == "main":
             self.note_entropy(metrics)
         reported = self.report("train", metrics, rows)
-        return {
-            "seconds": self.phases.take(),
-            "metrics": reported,
-            "batch": rows,
-            "judged": verdict.rows,
-        }
+        return {"seconds": self.phases.take(), "metrics": reported, "batch": rows, "judged": verdict.rows}
 
     def lesson(self, verdict: Verdict) -> RolloutBatch:
         """What the discriminator learns from: the fresh rows, some groups replaced by old ones."""
