@@ -206,7 +206,8 @@ class GAD(GADGenerator):
         """One rollout batch: score, then the discriminator's update, then the policy's.
 
         Returns:
-            As :meth:`OnPolicyModule.training_step`; ``batch`` has the sampled rows.
+            As :meth:`OnPolicyModule.training_step`; ``batch`` has the sampled rows, ``judged`` all rows as the
+            discriminator read them.
         """
         if not isinstance(batch, RolloutBatch):
             raise TypeError(
@@ -256,8 +257,10 @@ class GAD(GADGenerator):
             "policy_steps": float(self.clock.policy_steps),
             "discriminator_steps": float(self.clock.discriminator_steps),
         }
+        if phase == "main":
+            self.note_entropy(metrics)
         reported = self.report("train", metrics, rows)
-        return {"seconds": self.phases.take(), "metrics": reported, "batch": rows}
+        return {"seconds": self.phases.take(), "metrics": reported, "batch": rows, "judged": verdict.rows}
 
     def lesson(self, verdict: Verdict) -> RolloutBatch:
         """What the discriminator learns from: the fresh rows, some groups replaced by old ones."""
