@@ -2,9 +2,9 @@
 
     python tools/make_judge_items.py configs/quickstart
 
-Two families. ``words``: two or three conditions on a string of letters ("4 letters, has k, sorted"); a response's label
-is minus the number of conditions it breaks. ``sums``: a chain of three digits ("4-1-7="); the right value has label 0, any
-other -1. Exactly one response of an item has the largest label. Responses are corruptions of a right one.
+Two families. ``words``: two or three conditions on a string of letters ("4 letters, has k, ends r"); a response's
+label is minus the number of conditions it breaks. ``sums``: a chain of three digits whose value has one digit
+("4-1-7="); the right value has label 0, any other -1. Exactly one response of an item has the largest label. Responses are corruptions of a right one.
 
 Everything is drawn from one seed, so the files can be made again byte for byte. A request whose CRC-32 is divisible by
 ten is held out (``split_of``), and each stands once.
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_data import split_of
 
-LETTERS = "abcdefghijkl"
+LETTERS = "ghjkmnpr"
 FILES = {"judge_items.jsonl": ("train", 960), "judge_items_heldout.jsonl": ("heldout", 320)}
 VALUE = "right value"  # the one condition of a sum
 
@@ -34,7 +34,6 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {
     "no": lambda text, argument: argument not in text,
     "starts": lambda text, argument: text.startswith(argument),
     "ends": lambda text, argument: text.endswith(argument),
-    "sorted": lambda text, argument: list(text) == sorted(text),
 }
 
 
@@ -55,6 +54,14 @@ class Item:
 def criteria(request: str) -> list[str]:
     """The conditions of a request, in its order."""
     return [VALUE] if request.endswith("=") else request.split(", ")
+
+
+def found(condition: str, response: str) -> str:
+    """What a response has where a condition asks for something; nothing if it is there or not."""
+    name, _, argument = condition.partition(" ")
+    if argument == "letters":
+        return str(len(response))
+    return {"starts": response[0], "ends": response[-1], "right": response}.get(name, "")
 
 
 def broken(request: str, response: str) -> list[bool]:
@@ -86,32 +93,41 @@ def steps(request: str) -> list[tuple[int, str, int, int]]:
     return done
 
 
-def draw_item(draw: random.Random, split: str) -> Item:
-    """An item of either family whose request belongs to the split; half of them have n = 2, half n = 3."""
+def draw_item(draw: random.Random, split: str, ranked: bool = True) -> Item:
+    """An item of either family whose request belongs to the split; half of them have n = 2, half n = 3.
+
+    Where it need not be ``ranked``, each response is good or bad for itself, and several or none may be the best.
+    """
     make = draw.choice((words, sums))
     while True:
-        item = make(draw, draw.choice((2, 3)))
+        item = make(draw, draw.choice((2, 3)), ranked)
         if split_of(item.request) == split:
             return item
 
 
-def sums(draw: random.Random, n: int) -> Item:
-    """The value of a chain among near misses."""
-    digits = [str(draw.randint(1, 9)) for _ in range(3)]
-    request = f"{digits[0]}{draw.choice('+-')}{digits[1]}{draw.choice('+-')}{digits[2]}="
-    value = steps(request)[-1][-1]
-    near = {value + d for d in (-10, -3, -2, -1, 1, 2, 3, 10)} | ({-value} - {0})
-    values = [value, *draw.sample(sorted(near), n - 1)]
+def sums(draw: random.Random, n: int, ranked: bool = True) -> Item:
+    """The value of a chain, between -9 and 9, among others."""
+    while True:
+        digits = [str(draw.randint(1, 9)) for _ in range(3)]
+        request = f"{digits[0]}{draw.choice('+-')}{digits[1]}{draw.choice('+-')}{digits[2]}="
+        value = steps(request)[-1][-1]
+        if abs(value) <= 9:
+            break
+    near = sorted({v for d in (-3, -2, -1, 1, 2, 3) if abs(v := value + d) <= 9} | ({-value} - {0}))
+    values = [value, *draw.sample(near, n - 1)]
+    if not ranked:
+        values = [draw.choice((value, draw.choice(near))) for _ in range(n)]
     return Item("sums", request, _shuffled(draw, [str(x) for x in values]))
 
 
-def words(draw: random.Random, n: int) -> Item:
+def words(draw: random.Random, n: int, ranked: bool = True) -> Item:
     """A string that meets conditions among corruptions of it; in one item of five the best breaks one, too."""
     while True:
         right = "".join(draw.choices(LETTERS, k=draw.randint(3, 5)))
-        if draw.random() < 0.6:
-            right = "".join(sorted(right))
         request = ", ".join(_conditions(draw, right))
+        if not ranked:
+            loose = [_corruption(draw, request, right, 0, 3) or right for _ in range(n)]
+            return Item("words", request, tuple(loose))
         least = 1 if len(criteria(request)) == 3 and draw.random() < 0.2 else 0
         best = _corruption(draw, request, right, least, least) if least else right
         others = [_corruption(draw, request, right, least + 1, 3) for _ in range(n - 1)]
@@ -128,10 +144,7 @@ def _conditions(draw: random.Random, text: str) -> list[str]:
         "no": f"no {draw.choice([c for c in LETTERS if c not in text])}",
         "starts": f"starts {text[0]}",
         "ends": f"ends {text[-1]}",
-        "sorted": "sorted",
     }
-    if not CHECKS["sorted"](text, ""):
-        del known["sorted"]
     return draw.sample(list(known.values()), draw.choice((2, 3)))
 
 
@@ -143,7 +156,7 @@ def _corruption(draw: random.Random, request: str, text: str, least: int, most: 
         for _ in range(draw.randint(1, 3)):
             at = draw.randrange(len(letters))
             edit = draw.choice(("replace", "insert", "drop", "swap"))
-            new = draw.choice([*forbidden, *LETTERS[: 6 if forbidden else 12]])
+            new = draw.choice([*forbidden, *LETTERS[: 4 if forbidden else 8]])
             if edit == "replace":
                 letters[at] = new
             elif edit == "insert":

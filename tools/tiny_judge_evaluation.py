@@ -36,11 +36,12 @@ SETTINGS = {"sampled_1.0": 1.0, "sampled_0.5": 0.5, "greedy": 0.0}
 
 @dataclass(frozen=True)
 class Judgement:
-    """One judgement: what was found, scores by slot and by response (None unless found), its text and tokens."""
+    """One judgement: what was found, scores by slot and by response (None unless found), prompt, text and tokens."""
 
     outcome: str
     by_slot: tuple[int, ...] | None
     by_response: list[int] | None
+    prompt: str
     text: str
     tokens: int
 
@@ -64,18 +65,20 @@ def judge(
     hinted: bool = False,
 ) -> list[list[Judgement]]:
     """``[items][k]`` judgements; orders depend on the item's name only."""
-    asked = [(item, order) for item in items for order in orders(len(item.responses), k, "shuffled", (item.uid,))]
+    asked = [
+        (item, order) for item in items for order in orders(len(item.responses), k, "shuffled", (item.uid,))
+    ]
     prompts = [template.render(i, order, best_hint(i, order) if hinted else None) for i, order in asked]
     tokenizer: Any = engine.tokenizer
     sampling = Sampling(temperature=temperature, max_new_tokens=max_tokens)
     drawn = [group[0] for group in engine.generate(prompt_ids(tokenizer, prompts), 1, sampling, seed=0)]
     texts = tokenizer.batch_decode([c.ids.tolist() for c in drawn], skip_special_tokens=True)
     found = []
-    for (item, order), completion, text in zip(asked, drawn, texts, strict=True):
+    for (item, order), prompt, completion, text in zip(asked, prompts, drawn, texts, strict=True):
         n = len(item.responses)
         parsed = parse_scores(text, n, template.low, template.high, finished=completion.finish != "length")
         back = None if parsed.scores is None else restored(parsed.scores, order)
-        found.append(Judgement(parsed.outcome, parsed.scores, back, text, len(completion.ids)))
+        found.append(Judgement(parsed.outcome, parsed.scores, back, prompt, text, len(completion.ids)))
     return [found[i : i + k] for i in range(0, len(found), k)]
 
 
@@ -98,10 +101,15 @@ def summary(items: Sequence[JudgeItem], judged: Sequence[Sequence[Judgement]]) -
     }
 
 
-def slots(judged: Sequence[Sequence[Judgement]], n: int) -> dict[str, Any]:
-    """Whether a slot is favoured: of n responses, mean score of each slot and how often it alone has the most."""
+def slots(judged: Sequence[Sequence[Judgement]], n: int) -> dict[str, Any] | None:
+    """Whether a slot is favoured: of n responses, mean score of each slot and how often it alone has the most.
+
+    None if no judgement singles one out.
+    """
     rows = [j.by_slot for found in judged for j in found if j.by_slot is not None and len(j.by_slot) == n]
     won = Counter(row.index(max(row)) for row in rows if row.count(max(row)) == 1)
+    if not won:
+        return None
     return {
         "mean_score": [round(mean(row[slot] for row in rows), 3) for slot in range(n)],
         "wins": [round(won[slot] / sum(won.values()), 3) for slot in range(n)],
@@ -133,10 +141,13 @@ def report(items: Sequence[JudgeItem], judged: Sequence[Sequence[Judgement]]) ->
     }
 
 
-def measure(folder: Path, template: JudgeTemplate, items: Sequence[JudgeItem], max_tokens: int) -> dict[str, Any]:
+def measure(
+    folder: Path, template: JudgeTemplate, items: Sequence[JudgeItem], max_tokens: int
+) -> dict[str, Any]:
     """All settings of a saved judge, its hinted judgements, two of its texts and the time it takes."""
-    engine = TransformersEngine(ModelSpec(str(folder), dtype="float32").load())
-    found: dict[str, Any] = {}
+    policy = ModelSpec(str(folder), dtype="float32").load()
+    engine = TransformersEngine(policy)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in policy.parameters())}
     for name, temperature in SETTINGS.items():
         begun = time.perf_counter()
         judged = judge(engine, template, items, temperature, max_tokens)
@@ -145,7 +156,6 @@ def measure(folder: Path, template: JudgeTemplate, items: Sequence[JudgeItem], m
             **report(items, judged),
             "seconds_per_1000": round(1000 * seconds / (K * len(items)), 2),
         }
-        if name == "sampled_1.0":
-            found["samples"] = [judged[0][0].text, next(j for i, j in zip(items, judged, strict=True) if i.source != items[0].source)[0].text]  # fmt: skip
+        found.setdefault("example", {"prompt": judged[0][0].prompt, "judgement": judged[0][0].text})
     found["hinted"] = summary(items, judge(engine, template, items, 1.0, max_tokens, hinted=True))
     return found

@@ -1,12 +1,12 @@
 """What the tiny judge reads and writes: prompts of items, judgements written by rule, right or with wrong marks.
 
-A judgement lists the criteria, marks every response by each of them, and gives scores that follow from the marks. Noise
-turns a mark into its opposite; the scores follow, so a noisy judgement is wrong in what it saw and consistent in what
-it says. With a hint, noisy judgements that contradict it are drawn again.
+A judgement lists the criteria, repeats every response, names what it has for each of them and whether that is ok, and
+gives scores that follow from these marks. Noise turns a mark into its opposite, and the scores follow: a noisy judgement
+is wrong in what it thinks and consistent in what it says. With a hint, ones that contradict it are drawn again.
 
     Criteria: 4 letters, has k
-    Analysis: #1 4 letters ok, has k bad; #2 4 letters ok, has k ok
-    Scores: \\boxed{7, 10}
+    Analysis: #1 (ghj) 4 letters: 3 bad, has k: bad; #2 (ghjk) 4 letters: 4 ok, has k: ok
+    Scores: \\boxed{4, 10}
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lightning_onpolicy.datamodules.judging.predicate import is_right
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, best_hint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from make_judge_items import VALUE, Item, broken, criteria, steps
+from make_judge_items import VALUE, Item, broken, criteria, found, steps
 from tiny_data import make_tokenizer
 
 TEMPLATE = JudgeTemplate("onpolicy://quickstart/judge.jinja")
 POSITIONS = 256
 PIECES = (
-    " user: ", "#1 ", "#2 ", "#3 ", " 1-10", " hint: answer ", " is the best.",
-    " letters", "has ", "no ", "starts ", "ends ", "sorted", VALUE,
+    "user: ", "#1 ", "#2 ", "#3 ", "1-10", "hint: answer ", " is the best.",
+    " letters", "has ", "no ", "starts ", "ends ", VALUE,
     "Criteria: ", "\nAnalysis: ", "\nScores: ", "\\boxed{", " ok", " bad",
 )  # fmt: skip
 
@@ -46,15 +46,10 @@ def make_judge_tokenizer(texts: Sequence[str]) -> Any:
     return tokenizer
 
 
-def judge_item(item: Item) -> JudgeItem:
-    """The item as the library has it."""
-    asked = ({"role": "user", "content": item.request},)
-    return JudgeItem(asked, item.responses, item.labels, uid=item.request, source=item.source)
-
-
 def prompt_of(item: Item, hinted: bool = False) -> str:
     """The judge's prompt, responses in the item's order."""
-    known = judge_item(item)
+    asked = ({"role": "user", "content": item.request},)
+    known = JudgeItem(asked, item.responses, item.labels if hinted else None)
     order = range(len(item.responses))
     return TEMPLATE.render(known, order, best_hint(known, order) if hinted else None)
 
@@ -81,15 +76,19 @@ def scores_of(marks: Marks) -> list[int]:
 
 def judgement(item: Item, marks: Marks) -> str:
     """The text of a judgement with these marks."""
-    named = criteria(item.request)
-    worked = ""
+    named, worked = criteria(item.request), ""
+    asked = named
     if named == [VALUE]:
+        asked = [f"{VALUE} {steps(item.request)[-1][-1]}"]
         worked = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in steps(item.request)) + "; "
     analyses = []
-    for slot, row in enumerate(marks):
-        what = named if named != [VALUE] else [item.responses[slot]]
-        said = ", ".join(f"{name} {'bad' if mark else 'ok'}" for name, mark in zip(what, row, strict=True))
-        analyses.append(f"#{slot + 1} {said}")
+    for slot, (response, row) in enumerate(zip(item.responses, marks, strict=True)):
+        said = ", ".join(
+            f"{name}: {has}{' ' * bool(has)}{'bad' if mark else 'ok'}"
+            for name, mark in zip(asked, row, strict=True)
+            for has in [found(name, response)]
+        )
+        analyses.append(f"#{slot + 1} ({response}) {said}")
     scores = ", ".join(map(str, scores_of(marks)))
     return (
         f"Criteria: {', '.join(named)}\nAnalysis: {worked}{'; '.join(analyses)}\nScores: \\boxed{{{scores}}}"
