@@ -38,8 +38,7 @@ def meets(condition: str, text: str) -> bool:
     """The rules once more, as regular expressions."""
     name, argument = condition.split()
     pattern = {
-        "has": f".*{argument}.*",
-        "no": f"[^{argument}]*",
+        "second": f".{argument}.*",
         "starts": f"{argument}.*",
         "ends": f".*{argument}",
     }.get(name, f".{{{name}}}")
@@ -94,9 +93,10 @@ def test_the_script_makes_what_ships(script: ModuleType, tmp_path: Path) -> None
 
 
 def test_rules_by_hand(script: ModuleType) -> None:
-    asked = "4 letters, has k, no h, starts g, ends r"
-    assert script.broken(asked, "gkmr") == [False] * 5
-    assert script.broken(asked, "hgm") == [True] * 5
+    asked = "4 letters, second k, starts g, ends r"
+    assert script.broken(asked, "gkmr") == [False] * 4
+    assert script.broken(asked, "hgk") == [True] * 4
+    assert [script.found(x, "hgk") for x in script.criteria(asked)] == ["3", "g", "h", "k"]
     assert script.broken("4-1-7=", "-4") == [False] and script.broken("4-1-7=", "4") == [True]
     assert script.steps("4-1-7=") == [(4, "-", 1, 3), (3, "-", 7, -4)]
     with pytest.raises(KeyError, match="prime"):

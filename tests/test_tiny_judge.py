@@ -64,11 +64,11 @@ def test_one_mark_in_five_is_turned(script: ModuleType) -> None:
 
 
 def test_a_judgement_by_hand(script: ModuleType) -> None:
-    words = script.Item("words", "2 letters, has k", ("k", "gk", "h"))
+    words = script.Item("words", "3 letters, ends k", ("jk", "gjk", "hh"))
     assert script.judgement(words, [[True, False], [False, False], [True, True]]) == (
-        "Criteria: 2 letters, has k\n"
-        "Analysis: #1 (k) 2 letters: 1 bad, has k: ok; #2 (gk) 2 letters: 2 ok, has k: ok; "
-        "#3 (h) 2 letters: 1 bad, has k: bad\n"
+        "Criteria: 3 letters, ends k\n"
+        "Analysis: #1 (jk) 3 letters: 2 bad, ends k: k ok; #2 (gjk) 3 letters: 3 ok, ends k: k ok; "
+        "#3 (hh) 3 letters: 2 bad, ends k: h bad\n"
         "Scores: \\boxed{7, 10, 4}"
     )
     sums = script.Item("sums", "4-1-7=", ("-4", "3"))

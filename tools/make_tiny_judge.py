@@ -36,7 +36,7 @@ from tiny_training import Noise, Pool, Recipe, build_model, draw_batch, make_opt
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
 PACKAGES = ("torch", "transformers", "tokenizers")
-RECIPE = Recipe("judge", 4, 128, 256, steps=600, seed=0, noisy_steps=100, batch=64, positions=POSITIONS)
+RECIPE = Recipe("judge", 4, 128, 256, steps=360, seed=0, noisy_steps=80, batch=64, positions=POSITIONS)
 WRONG = 0.2  # chance that a mark is turned
 HINTED = 0.2  # share of items, among the noisy ones, whose prompt says which answer is the best
 MAX_JUDGEMENT_TOKENS = 112

@@ -4,8 +4,8 @@ A judgement lists the criteria, repeats every response, names what it has for ea
 gives scores that follow from these marks. Noise turns a mark into its opposite, and the scores follow: a noisy judgement
 is wrong in what it thinks and consistent in what it says. With a hint, ones that contradict it are drawn again.
 
-    Criteria: 4 letters, has k
-    Analysis: #1 (ghj) 4 letters: 3 bad, has k: bad; #2 (ghjk) 4 letters: 4 ok, has k: ok
+    Criteria: 4 letters, ends k
+    Analysis: #1 (ghj) 4 letters: 3 bad, ends k: j bad; #2 (ghjk) 4 letters: 4 ok, ends k: k ok
     Scores: \\boxed{4, 10}
 """
 
@@ -31,7 +31,7 @@ TEMPLATE = JudgeTemplate("onpolicy://quickstart/judge.jinja")
 POSITIONS = 256
 PIECES = (
     "user: ", "#1 ", "#2 ", "#3 ", "1-10", "hint: answer ", " is the best.",
-    " letters", "has ", "no ", "starts ", "ends ", VALUE,
+    " letters", "starts ", "second ", "ends ", VALUE,
     "Criteria: ", "\nAnalysis: ", "\nScores: ", "\\boxed{", " ok", " bad",
 )  # fmt: skip
 
@@ -84,9 +84,8 @@ def judgement(item: Item, marks: Marks) -> str:
     analyses = []
     for slot, (response, row) in enumerate(zip(item.responses, marks, strict=True)):
         said = ", ".join(
-            f"{name}: {has}{' ' * bool(has)}{'bad' if mark else 'ok'}"
-            for name, mark in zip(asked, row, strict=True)
-            for has in [found(name, response)]
+            f"{what}: {found(name, response)} {'bad' if mark else 'ok'}"
+            for what, name, mark in zip(asked, named, row, strict=True)
         )
         analyses.append(f"#{slot + 1} ({response}) {said}")
     scores = ", ".join(map(str, scores_of(marks)))
