@@ -4,7 +4,8 @@
 
 Two families. ``words``: two or three conditions on a string of letters ("4 letters, second k, ends r"); a response's
 label is minus the number of conditions it breaks. ``sums``: a chain of three digits whose value has one digit
-("4-1-7="); the right value has label 0, any other -1. Exactly one response of an item has the largest label. Responses are corruptions of a right one.
+("4-1-7="); the right value has label 0, any other -1. Exactly one response of an item has the largest label. Responses
+are corruptions of a right one.
 
 Everything is drawn from one seed, so the files can be made again byte for byte. A request whose CRC-32 is divisible by
 ten is held out (``split_of``), and each stands once.

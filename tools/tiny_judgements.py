@@ -1,8 +1,9 @@
 """What the tiny judge reads and writes: prompts of items, judgements written by rule, right or with wrong marks.
 
 A judgement lists the criteria, repeats every response, names what it has for each of them and whether that is ok, and
-gives scores that follow from these marks. Noise turns a mark into its opposite, and the scores follow: a noisy judgement
-is wrong in what it thinks and consistent in what it says. With a hint, ones that contradict it are drawn again.
+gives scores that follow from these marks. Noise turns a mark into its opposite, and the scores follow: a noisy
+judgement is wrong in what it thinks and consistent in what it says. With a hint, ones that contradict it are drawn
+again.
 
     Criteria: 4 letters, ends k
     Analysis: #1 (ghj) 4 letters: 3 bad, ends k: j bad; #2 (ghjk) 4 letters: 4 ok, ends k: k ok
