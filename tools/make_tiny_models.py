@@ -77,7 +77,12 @@ STORIES = {
 }
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
+) -> None:
     """Write a complete model folder with bf16 weights."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -87,7 +92,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_ANSWER_TOKENS,
+        max_new_tokens=max_new_tokens,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -91,6 +91,7 @@ class Recipe:
     noisy_steps: int = 0
     survival: float = 1.0
     batch: int = 160
+    positions: int = 128  # longest sequence, in tokens
     pieces: int = 0  # entries of a tokenizer of its own, whose tokens are pieces of words; 0: the shared one
 
 
@@ -103,7 +104,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
         num_hidden_layers=recipe.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=recipe.positions,
         initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
