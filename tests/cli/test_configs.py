@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from lightning_onpolicy._configs import config_root, list_configs
 from lightning_onpolicy.cli import main
+from lightning_onpolicy.datamodules.assets import resolve_asset
 
 ALL = list(list_configs())
 OVERLAYS = [name for name in ALL if "/with_" in name]
@@ -32,7 +34,6 @@ MORE = {
         "--model.init_args.student.path=onpolicy://quickstart/models/student",
         "--data.init_args.dynamic_sampling=null",
     ],
-    "quickstart/spct_meta": ["--model.init_args.model.path=onpolicy://quickstart/models/student"],
 }
 
 
@@ -50,7 +51,7 @@ def small(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with responses where quickstart/sft looks for them, and judgements where spct_meta does."""
+    """A working folder with what earlier stages would have made: answers, judgements, and judges."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "runs" / "teacher_answers.jsonl"
     file.parent.mkdir()
@@ -60,6 +61,12 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     judged = tmp_path / "runs" / "spct" / "trajectories.jsonl"
     judged.parent.mkdir()
     trajectories.write(judged, trajectories.lines(20, 3))
+    (judged.parent / "tuning.jsonl").write_text(file.read_text())
+    shutil.copy(resolve_asset("onpolicy://quickstart/judge_items.jsonl"), judged.parent / "items.jsonl")
+    for stage in ("spct_rft", "spct_rl"):
+        export = tmp_path / "runs" / stage / "export"
+        shutil.copytree(resolve_asset("onpolicy://quickstart/models/judge"), export)
+        (export / "onpolicy_export.json").write_text("{}")  # an export may be replaced by a later one
     return file
 
 
