@@ -56,17 +56,7 @@ ARMS: Mapping[str, tuple[str, str, Flags]] = {
     "frozen": ("GAD, frozen discriminator", "gad", {**GAD, MODEL + "gate": {"high": 0.0}}),
     "replay": ("GAD, replay", "gad", {**GAD, MODEL + "replay": {"capacity": 2048, "share": 0.5}}),
     "kl": ("GAD, KL 0.05", "gad", {**GAD, MODEL + "kl": {"coef": 0.05, "gradient": "forward"}}),
-    "smooth": (
-        "GAD, smoothing and score penalty",
-        "gad",
-        {**GAD, MODEL + "pairs": {"smoothing": 0.1, "score_penalty": 0.01}},
-    ),
-    "fast": ("GAD, three times the rate", "gad", {**GAD, MODEL + "optimizer.init_args.lr": 3 * LR}),
-    "fast-frozen": (
-        "frozen, three times the rate",
-        "gad",
-        {**GAD, MODEL + "optimizer.init_args.lr": 3 * LR, MODEL + "gate": {"high": 0.0}},
-    ),
+    "dpo": ("DPO, β 0.1, a third of the rate", "dpo", {**SEQKD, MODEL + "optimizer.init_args.lr": LR / 3}),
 }
 MONITORS = (
     "accuracy",

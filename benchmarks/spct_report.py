@@ -107,7 +107,7 @@ def _draw(records: Sequence[dict[str, Any]], path: Path) -> None:
                 right.plot(xs, ys, style, color=f"C{number}", label=label)
                 start = xs[-1]
     right.set_xlabel("optimizer steps: fine-tuning, then reinforcement")
-    right.set_ylabel("predicate's reward on held-out items")
+    right.set_ylabel("right on held-out items, one sample")
     right.legend(frameon=False, fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.25)
