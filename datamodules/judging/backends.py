@@ -119,16 +119,21 @@ class EngineBackend(JudgeBackend):
         """See :class:`JudgeBackend`; every answer can be had."""
         tokenizer = self.engine.policy.tokenizer
         prompts = [self._ids(tokenizer, request.prompt) for request in requests]
-        answers: list[list[Reply | None]] = [[] for _ in requests]
-        for n in sorted({request.n for request in requests}):
-            mine = [i for i, request in enumerate(requests) if request.n == n]
+        answers: list[list[Reply | None]] = [[None] * request.n for request in requests]
+        parts = [(i, first, size) for i, request in enumerate(requests) for first, size in _parts(request.n)]
+        for n in sorted({size for _, _, size in parts}):
+            mine = [(i, first) for i, first, size in parts if size == n]
             drawn: list[list[Completion]] = self.engine.generate(
-                [prompts[i] for i in mine], n, self.sampling, 0, numbers=[requests[i].seed for i in mine]
+                [prompts[i] for i, _ in mine],
+                n,
+                self.sampling,
+                0,
+                numbers=[requests[i].seed + first for i, first in mine],
             )
-            for i, group in zip(mine, drawn, strict=True):
+            for (i, first), group in zip(mine, drawn, strict=True):
                 ids = [completion.ids.tolist() for completion in group]
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                answers[i] = [
+                answers[i][first : first + n] = [
                     Reply(text, c.finish != "length", len(c.ids))
                     for text, c in zip(texts, group, strict=True)
                 ]
@@ -150,6 +155,22 @@ class EngineBackend(JudgeBackend):
     def close(self) -> None:
         """Forget the engine."""
         self._engine = None
+
+
+def _parts(n: int) -> list[tuple[int, int]]:
+    """``(first, size)`` of the powers of two that make up n: few calls of an engine that draws equally many for each
+    prompt, and large ones.
+
+    Example:
+        >>> _parts(5)
+        [(0, 4), (4, 1)]
+    """
+    parts, first = [], 0
+    for power in reversed(range(n.bit_length())):
+        if n >> power & 1:
+            parts.append((first, 1 << power))
+            first += 1 << power
+    return parts
 
 
 class CallableBackend(JudgeBackend):
