@@ -5,6 +5,8 @@ Legend: ``G`` samples per prompt, beside which there is one answer of the teache
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,7 +105,10 @@ def dtype_of(mode: Mode, precision: Precision) -> Dtype:
 
 
 def save_shape(size: Size, folder: Path) -> None:
-    """A configuration and a tokenizer, from which models with random weights are made."""
+    """A configuration and a tokenizer, from which models with random weights are made.
+
+    They are apart: beside a configuration of Qwen2's, transformers reads any tokenizer as Qwen2's.
+    """
     config = Qwen2Config(
         vocab_size=size.vocab,
         hidden_size=size.hidden,
@@ -118,7 +123,8 @@ def save_shape(size: Size, folder: Path) -> None:
         pad_token_id=PAD,
     )
     config.save_pretrained(folder)
-    build_tokenizer(size.vocab).save_pretrained(folder)
+    build_tokenizer(size.vocab).save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
 def build_module(size: Size, mode: Mode, precision: Precision, folder: Path) -> GAD:
@@ -132,9 +138,10 @@ def build_module(size: Size, mode: Mode, precision: Precision, folder: Path) -> 
     """
     lora = LoraSpec(r=RANK, alpha=RANK) if mode.adapters else None
     loop = LoopSpec(micro_batch_tokens=size.positions, head_budget_mb=HEAD_BUDGET_MB, deadline_s=None)
-    spec = ModelSpec(str(folder), dtype=dtype_of(mode, precision), from_scratch=True)
+    words = str(folder / "tokenizer")
+    spec = ModelSpec(str(folder), dtype_of(mode, precision), tokenizer=words, from_scratch=True)
     return GAD(
-        ModelSpec(spec.path, spec.dtype, lora=lora, from_scratch=True),
+        dataclasses.replace(spec, lora=lora),
         discriminator=spec if mode.named else None,
         discriminator_lora=lora,
         loop=loop,
