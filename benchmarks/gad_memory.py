@@ -2,8 +2,8 @@
 
 GAD keeps a policy, a reference and a discriminator. In full that is two players under Adam and a copy of the weights;
 with `student.lora` and `discriminator_lora` both players are adapters over one frozen base, and the reference a third
-set. Each mode runs a real `trainer.fit` on given rollouts (sampling is left out) in processes of its own: one is
-weighed, with an allocator that gives memory back at once, another one timed. Beside each figure is what
+set. Each mode runs a real `trainer.fit` on given rollouts (sampling is left out) in a process of its own: two steps are
+weighed, on the CPU while the C library gives memory back at once; the next ones are timed. Beside each figure is what
 `gad_memory_predicted.py` expects from the shapes alone. Models are Qwen2's shape with random weights; activations are
 not recomputed.
 
@@ -14,14 +14,15 @@ is below because it keeps no float32 weights: updates smaller than a weight's la
     python benchmarks/gad_memory.py
     python benchmarks/gad_memory.py --device cuda --sizes 0.5b,1.5b
 
-Writes `gad_memory/DEVICE.json` (every step), `.csv` and `.md`. Not measured on a GPU.
+Writes `gad_memory/DEVICE-SIZE.json` (every step), `.csv` and `.md`. Not measured on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}; default: all")
     parser.add_argument("--precisions", help="default: 32-true, on CUDA bf16-mixed,bf16-true")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gad_memory")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # what the processes are for
     args = parser.parse_args(argv)
@@ -65,23 +66,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def in_fresh_process(
-    args: argparse.Namespace, size: str, precision: str, mode: str, *, weigh: bool
-) -> dict[str, Any]:
-    """:func:`measure` in a process of its own.
-
-    Args:
-        args: The command line.
-        size: Name.
-        precision: The Trainer's.
-        mode: Name.
-        weigh: Have the C library give back all but small blocks as soon as they are free, which takes time.
-    """
+def in_fresh_process(args: argparse.Namespace, size: str, precision: str, mode: str) -> dict[str, Any]:
+    """:func:`measure` in a process of its own."""
     command = [sys.executable, str(Path(__file__)), "--alone", "--sizes", size, "--precisions", precision]
     command += ["--modes", mode, "--device", args.device, "--threads", str(args.threads)]
-    command += ["--repeats", "1" if weigh else str(args.repeats)]
-    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if weigh else {})}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    command += ["--repeats", str(args.repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -125,7 +115,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def report(rows: list[dict[str, Any]], machine: dict[str, Any], device: str) -> str:
     """The Markdown file."""
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = machine["gpu"] or f"{machine['cpu']}, threads: {machine['threads']}"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "lightning", "peft"))
     modes = "\n".join(f"- `{name}`: {mode.says}." for name, mode in MODES.items())
     missing = "" if device == "cuda" else "\n\nNot measured on a GPU."
@@ -145,20 +135,20 @@ def main() -> None:
         size, precision, mode = args.sizes[0], args.precisions[0], args.modes[0]
         print(json.dumps(measure(SIZES[size], MODES[mode], precision, args.device, args.repeats)))
         return
-    rows, runs = [], []
     for size in args.sizes:
-        for precision in args.precisions:
-            for mode in args.modes:
-                names = size, precision, mode
-                found = in_fresh_process(args, *names, weigh=True)
-                found["seconds"] = in_fresh_process(args, *names, weigh=False)["seconds"]
-                expected = prediction(SIZES[size], MODES[mode], precision, both=True)
-                rows.append(summarise(names, SIZES[size], found, expected))
-                runs.append({"size": size, "precision": precision, "mode": mode, "found": found} | {"expected": expected})
-                print(rows[-1], flush=True)
-    machine = hardware(args.device, "transformers", "lightning", "peft")
-    write_results(args.out, args.device, rows=rows, machine=machine, floor=FLOOR, runs=runs)
-    (args.out / f"{args.device}.md").write_text(report(rows, machine, args.device))
+        rows, runs = [], []
+        for precision, mode in itertools.product(args.precisions, args.modes):
+            found = in_fresh_process(args, size, precision, mode)
+            expected = prediction(SIZES[size], MODES[mode], precision)
+            rows.append(summarise((size, precision, mode), SIZES[size], found, expected))
+            runs.append({"precision": precision, "mode": mode, "found": found, "expected": expected})
+            print(rows[-1], flush=True)
+        machine = hardware(args.device, "transformers", "lightning", "peft")
+        shape = dataclasses.asdict(SIZES[size])
+        write_results(
+            args.out, f"{args.device}-{size}", rows=rows, machine=machine, floor=FLOOR, shape=shape, runs=runs
+        )
+        (args.out / f"{args.device}-{size}.md").write_text(report(rows, machine, args.device))
 
 
 if __name__ == "__main__":

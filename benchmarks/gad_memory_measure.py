@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from lightning_onpolicy.datamodules.phases import Phases
 
 PHASES = ("prepare", "discriminator", "update")  # scoring; the discriminator's update; the policy's
-WARM_UP = 1  # steps whose time is not counted: optimizer state comes into being
+WEIGHED = 2  # first steps, whose time is not counted: in the second both optimizers have their state
+# glibc's mallopt(3): the least block that is returned to the system when it is freed, and the least end of the heap.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 
 class Meter(Phases):
@@ -38,6 +40,7 @@ class Meter(Phases):
     def __init__(self, device: str, before: int) -> None:
         super().__init__()
         self.device, self.before = device, before
+        self.weighs = True
         self.peaks = dict.fromkeys(PHASES, 0)
 
     @contextlib.contextmanager
@@ -47,13 +50,19 @@ class Meter(Phases):
         with super().__call__(name):
             yield
             synchronize(self.device)
-        self.peaks[name] = max(self.peaks[name], memory.base + memory.rise() - self.before)
+        if self.weighs:
+            self.peaks[name] = max(self.peaks[name], memory.base + memory.rise() - self.before)
 
 
 class Watch(pl.Callback):
-    """Keeps the seconds of each step; counts tensors at every optimizer step and after the last batch."""
+    """Keeps the seconds of each step; counts tensors at every optimizer step and after the last batch.
 
-    def __init__(self) -> None:
+    Args:
+        meter: Stops weighing after the steps for that.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
         self.seconds: list[dict[str, float]] = []
         self.gradients = self.left = 0
         self.held: dict[str, int] = {}
@@ -78,6 +87,9 @@ class Watch(pl.Callback):
             "state": _bytes(moments),
         }
         self.left = _gradients(module)
+        if len(self.seconds) == WEIGHED:
+            self.meter.weighs = False
+            _give_back_at_once(False, self.meter.device)
 
 
 def _gradients(module: nn.Module) -> int:
@@ -90,11 +102,21 @@ def _bytes(tensors: list[Any]) -> int:
     return sum(storages.values())
 
 
+def _give_back_at_once(tightly: bool, device: str) -> None:
+    """Whether the resident set is what is allocated, at the price of a system call per block; CUDA counts itself."""
+    if device == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 2**16 if tightly else 2**25)
+        libc.mallopt(TRIM_THRESHOLD, 2**16 if tightly else 2**30)
+        libc.malloc_trim(0)
+
+
 def fit(
     size: Size, mode: Mode, precision: Precision, device: str, steps: int, before: int
 ) -> tuple[Watch, Meter]:
     """Train for some steps on the same rollouts."""
-    watch, meter = Watch(), Meter(device, before)
+    meter = Meter(device, before)
+    watch = Watch(meter)
     with tempfile.TemporaryDirectory() as folder:
         save_shape(size, Path(folder))
         torch.manual_seed(0)
@@ -125,18 +147,15 @@ def measure(size: Size, mode: Mode, precision: Precision, device: str, repeats: 
         device: ``"cpu"`` or ``"cuda"``.
         repeats: Steps that are timed.
     """
-    fit(SIZES["toy"], mode, precision, device, 2, 0)
+    fit(SIZES["toy"], mode, precision, device, 1, 0)
     gc.collect()
-    if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)
-    else:
-        torch.cuda.empty_cache()
+    _give_back_at_once(True, device)
     before = PeakMemory(device).base
-    watch, meter = fit(size, mode, precision, device, WARM_UP + repeats, before)
+    watch, meter = fit(size, mode, precision, device, WEIGHED + repeats, before)
     found: dict[str, Any] = {**watch.held, "gradients": watch.gradients, "gradients_left": watch.left}
     found |= {f"peak_{name}": value for name, value in meter.peaks.items()}
     found["peak"] = max(meter.peaks.values())
-    found["seconds"] = {name: [step[name] for step in watch.seconds[WARM_UP:]] for name in PHASES}
+    found["seconds"] = {name: [step[name] for step in watch.seconds[WEIGHED:]] for name in PHASES}
     return found
 
 

@@ -74,15 +74,8 @@ def trained_width(mode: Mode, precision: Precision) -> int:
     return 2 if precision == "bf16-true" else 4 if mode.adapters else BYTES[dtype_of(mode, precision)]
 
 
-def held(size: Size, mode: Mode, precision: Precision, *, both: bool) -> Held:
-    """Parameters and bytes.
-
-    Args:
-        size: Shape.
-        mode: What trains.
-        precision: The Trainer's.
-        both: Whether one player's gradients are still there at the other's step.
-    """
+def held(size: Size, mode: Mode, precision: Precision) -> Held:
+    """Parameters and bytes; the two players' gradients are never there together."""
     P, A, head = model_parameters(size), adapter_parameters(size), size.hidden + 1
     width = trained_width(mode, precision)
     player = A if mode.adapters else P
@@ -92,7 +85,7 @@ def held(size: Size, mode: Mode, precision: Precision, *, both: bool) -> Held:
         parameters=mode.bases * P + 3 * player + head,
         trained=2 * player + head,
         weights=frozen + 3 * player * width + 4 * head,
-        gradients=(2 if both else 1) * player * width + 4 * head,
+        gradients=player * width + 4 * head,
         state=2 * (2 * player * width + 4 * head),
     )
 
@@ -105,21 +98,14 @@ def activations(size: Size, mode: Mode, precision: Precision, rows: int) -> tupl
     return width * N * size.layers * layer, width * N * 3 * I
 
 
-def peaks(size: Size, mode: Mode, precision: Precision, *, both: bool) -> dict[str, int]:
-    """Bytes at the peak of each phase, once both optimizers have their state.
-
-    Args:
-        size: Shape.
-        mode: What trains.
-        precision: The Trainer's.
-        both: As in :func:`held`.
-    """
-    has = held(size, mode, precision, both=both)
+def peaks(size: Size, mode: Mode, precision: Precision) -> dict[str, int]:
+    """Bytes at the peak of each phase, once both optimizers have their state."""
+    has = held(size, mode, precision)
     width = trained_width(mode, precision)
     table = 0 if mode.adapters else size.vocab * size.hidden * width  # a gradient of the embeddings
     P = model_parameters(size)
     player = (adapter_parameters(size) if mode.adapters else P) * width
-    still = has.weights + has.state + (player if both else 0)
+    still = has.weights + has.state
     casts = 2 * P if precision == "bf16-mixed" and not mode.adapters else 0  # autocast's copies of weights
     own, judged = (
         _rows(size, size.prompts * n, whole) for n, whole in ((size.group, 1), (size.group + 1, size.group + 1))
@@ -133,7 +119,7 @@ def peaks(size: Size, mode: Mode, precision: Precision, *, both: bool) -> dict[s
     lent = adapter_parameters(size) * width if mode.adapters else 0  # the policy's own, while the reference's are in
     scoring = max(activations(size, mode, precision, judged)[1], lent + work + logits)
     return {
-        "prepare": still + (player if both else 0) + casts + scoring,
+        "prepare": still + casts + scoring,
         "discriminator": still + discriminator,
         "update": still + policy,
     }
@@ -145,9 +131,9 @@ def _rows(size: Size, rows: int, together: int) -> int:
     return min(rows, fit)
 
 
-def prediction(size: Size, mode: Mode, precision: Precision, *, both: bool) -> dict[str, float]:
+def prediction(size: Size, mode: Mode, precision: Precision) -> dict[str, float]:
     """As in the results: what is held, ``peak`` and its phases, bytes per parameter of the policy."""
-    has, phases = held(size, mode, precision, both=both), peaks(size, mode, precision, both=both)
+    has, phases = held(size, mode, precision), peaks(size, mode, precision)
     peak = max(phases.values())
     return {
         **asdict(has),

@@ -63,7 +63,7 @@ class Size:
 SIZES = {
     "toy": Size(64, 32, 2, (2, 1), 64, group=2, prompt=4, response=6),  # of the tests
     "tiny": Size(16384, 384, 8, (6, 2), 1536),
-    "small": Size(24576, 512, 12, (8, 2), 2048),
+    "small": Size(24576, 512, 8, (8, 2), 2048),
     "0.5b": Size(151936, 896, 24, (14, 2), 4864, prompts=4, prompt=128, response=384, positions=2560),
     "1.5b": Size(151936, 1536, 28, (12, 2), 8960, prompts=4, prompt=128, response=384, positions=2560),
 }
