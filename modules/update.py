@@ -168,6 +168,7 @@ class UpdateLoop(pl.LightningModule):
             optimizer.step()
         else:  # the strategy's own step: precision and sharding as usual, but global_step does not move
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+        optimizer.zero_grad()  # gives the memory back while others score, learn or sample
         schedules = self.lr_schedulers() or []
         for schedule in schedules if isinstance(schedules, list) else [schedules]:
             if schedule.optimizer is optimizer.optimizer:
