@@ -102,12 +102,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     heads = ["size", "precision", "mode", "parameters, M"]
     heads += ["weights", "gradients", "state", *(f"peak: {name}" for name in PHASES)]
-    heads += ["held, B/param", f"over {FLOOR}", "peak, B/param", *(f"{name}, s" for name in PHASES), "step, s"]
+    heads += [
+        "held, B/param",
+        f"over {FLOOR}",
+        "peak, B/param",
+        *(f"{name}, s" for name in PHASES),
+        "step, s",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["size"], row["precision"], row["mode"], f"{row['parameters'] / 1e6:.1f}"]
         cells += [both(row, key) for key in WEIGHED[:-1]]
-        cells += [f"{row[key]:.2f}" for key in ("held_per_parameter", "held_over_floor", "peak_per_parameter")]
+        cells += [
+            f"{row[key]:.2f}" for key in ("held_per_parameter", "held_over_floor", "peak_per_parameter")
+        ]
         cells += [f"{row[f'{name}_s']:.2f}" for name in (*PHASES, "step")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass
 
 from gad_memory_sides import HEAD_BUDGET_MB, RANK, Mode, Precision, Size, dtype_of
 
-FLOOR = 34  # bytes per parameter: two players under mixed-precision Adam (16 each) and a bfloat16 reference (2)
+FLOOR = (
+    34  # bytes per parameter: two players under mixed-precision Adam (16 each) and a bfloat16 reference (2)
+)
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -108,7 +110,8 @@ def peaks(size: Size, mode: Mode, precision: Precision) -> dict[str, int]:
     still = has.weights + has.state
     casts = 2 * P if precision == "bf16-mixed" and not mode.adapters else 0  # autocast's copies of weights
     own, judged = (
-        _rows(size, size.prompts * n, whole) for n, whole in ((size.group, 1), (size.group + 1, size.group + 1))
+        _rows(size, size.prompts * n, whole)
+        for n, whole in ((size.group, 1), (size.group + 1, size.group + 1))
     )
     tokens = own * size.response
     logits = min(HEAD_BUDGET_MB * 2**20, 4 * tokens * size.vocab)
@@ -116,7 +119,9 @@ def peaks(size: Size, mode: Mode, precision: Precision) -> dict[str, int]:
     policy = max(kept + work + casts + table + logits, player + table)
     kept, work = activations(size, mode, precision, judged)
     discriminator = max(kept + work + casts, player)
-    lent = adapter_parameters(size) * width if mode.adapters else 0  # the policy's own, while the reference's are in
+    lent = (
+        adapter_parameters(size) * width if mode.adapters else 0
+    )  # the policy's own, while the reference's are in
     scoring = max(activations(size, mode, precision, judged)[1], lent + work + logits)
     return {
         "prepare": still + casts + scoring,

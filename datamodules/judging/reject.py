@@ -92,9 +92,11 @@ class RejectSettings:
 def main(args: Sequence[str]) -> int:
     """Run ``onpolicy reject ARGS``; the exit code."""
     from jsonargparse import ArgumentParser
+    from transformers.utils import logging
 
     import lightning_onpolicy.datamodules as datamodules
 
+    logging.disable_progress_bar()  # one bar per file of weights
     for name in ("CallableBackend", "EngineBackend", "ServerBackend"):  # known by their short names
         getattr(datamodules, name)
     parser = ArgumentParser(prog="onpolicy reject", description=DESCRIPTION, allow_abbrev=False)
