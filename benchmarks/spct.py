@@ -37,9 +37,12 @@ def run(seed: int, records: Path, work: Path) -> None:
     seconds: dict[str, float] = {}
 
     def stage(name: str, *arguments: str) -> None:
-        began = time.perf_counter()
-        onpolicy(list(arguments), folder / name)
-        seconds[name] = round(time.perf_counter() - began, 1)
+        done = folder / name / "seconds.json"
+        if not done.exists():  # a run that was killed goes on with the stage it was in
+            began = time.perf_counter()
+            onpolicy(list(arguments), folder / name)
+            done.write_text(json.dumps(round(time.perf_counter() - began, 1)))
+        seconds[name] = json.loads(done.read_text())
 
     def evaluated(name: str, student: str | Path, *more: str) -> dict[str, Any]:
         report_to = {
