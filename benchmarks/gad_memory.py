@@ -8,8 +8,9 @@ weighed, on the CPU while the C library gives memory back at once; the next ones
 not recomputed.
 
 The floor is 34 bytes per parameter: 16 for each player under mixed-precision Adam and 2 for a bfloat16 reference. In
-full we hold 36, for weights and reference are float32; adapters in mixed precision have a bfloat16 base. `bf16-true`
-is below because it keeps no float32 weights: updates smaller than a weight's last bit are lost.
+full we hold 32, with a float32 reference: 12 for each player's weights and moments, and gradients (4) of one player at
+a time. Adapters in mixed precision have a bfloat16 base. `bf16-true` holds half, because it keeps no float32 weights:
+updates smaller than a weight's last bit are lost.
 
     python benchmarks/gad_memory.py
     python benchmarks/gad_memory.py --device cuda --sizes 0.5b,1.5b
@@ -102,12 +103,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     heads = ["size", "precision", "mode", "parameters, M"]
     heads += ["weights", "gradients", "state", *(f"peak: {name}" for name in PHASES)]
-    heads += ["held, B/param", f"over {FLOOR}", "peak, B/param", *(f"{name}, s" for name in PHASES), "step, s"]
+    heads += [
+        "held, B/param",
+        f"over {FLOOR}",
+        "peak, B/param",
+        *(f"{name}, s" for name in PHASES),
+        "step, s",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["size"], row["precision"], row["mode"], f"{row['parameters'] / 1e6:.1f}"]
         cells += [both(row, key) for key in WEIGHED[:-1]]
-        cells += [f"{row[key]:.2f}" for key in ("held_per_parameter", "held_over_floor", "peak_per_parameter")]
+        cells += [
+            f"{row[key]:.2f}" for key in ("held_per_parameter", "held_over_floor", "peak_per_parameter")
+        ]
         cells += [f"{row[f'{name}_s']:.2f}" for name in (*PHASES, "step")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
