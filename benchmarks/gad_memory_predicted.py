@@ -85,8 +85,8 @@ def adapter_parameters(size: Size) -> int:
 
 
 def trained_width(mode: Mode, precision: Precision) -> int:
-    """Bytes of an element that trains: adapters are float32 over a bfloat16 base, but for bf16-true."""
-    return 2 if precision == "bf16-true" else 4 if mode.adapters else BYTES[dtype_of(mode, precision)]
+    """Bytes of an element that trains: adapters take the type of their base."""
+    return BYTES[dtype_of(mode, precision)]
 
 
 def held(size: Size, mode: Mode, precision: Precision) -> Held:
