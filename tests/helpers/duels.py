@@ -105,7 +105,9 @@ class Spy(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(module: pl.LightningModule, batches: Any, spy: Spy | None = None, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, batches: Any, spy: pl.Callback | None = None, **options: Any
+) -> pl.Trainer:
     run = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import toys
@@ -76,6 +78,29 @@ def test_nothing_leaks_from_one_player_to_the_other() -> None:
     graded = super(GADGenerator, module).prepare(rows)
     module.loss(graded, module._counts(graded)).loss.backward()
     assert all(p.grad is None for p in module.discriminator.parameters())
+
+
+class Gradients(pl.Callback):
+    """Which models have gradients when an optimizer steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.seen.append(graded(module)))
+
+
+def graded(module: Any) -> set[str]:
+    return {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_no_player_holds_gradients_through_the_others_update() -> None:
+    """Catches: gradients kept until their own player's next step, 4 bytes per parameter in float32."""
+    module, spy = gad(), Gradients()
+    fit(module, [duel_batch(1), duel_batch(2)], spy)
+    assert spy.seen == [{"discriminator"}, {"policy"}] * 2
+    assert not graded(module)
 
 
 def test_rewards_are_the_scores_before_the_update() -> None:
