@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from lightning_onpolicy._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_onpolicy.callbacks.adversary import AdversaryMonitor as AdversaryMonitor
+    from lightning_onpolicy.callbacks.adversary_rules import GameRules as GameRules
     from lightning_onpolicy.callbacks.completions import CompletionWriter as CompletionWriter
     from lightning_onpolicy.callbacks.evaluation_report import EvaluationReport as EvaluationReport
     from lightning_onpolicy.callbacks.export import ExportHF as ExportHF
+    from lightning_onpolicy.callbacks.judge_report import JudgeReport as JudgeReport
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
     from lightning_onpolicy.callbacks.report import LearningCurve as LearningCurve
@@ -28,11 +31,14 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AdversaryMonitor": "adversary",
         "Ceiling": "triggers",
         "CompletionWriter": "completions",
         "EvaluationReport": "evaluation_report",
         "EveryNSteps": "triggers",
         "ExportHF": "export",
+        "GameRules": "adversary_rules",
+        "JudgeReport": "judge_report",
         "LearningCurve": "report",
         "MismatchMonitor": "monitors",
         "OptimizerReset": "resets",

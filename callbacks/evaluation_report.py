@@ -148,8 +148,8 @@ class EvaluationReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch's rows."""
-        if not self._active(trainer):
-            return
+        if not self._active(trainer) or (isinstance(outputs, dict) and "judged" in outputs):
+            return  # a judge's evaluation is JudgeReport's affair
         rollouts = self._warn.rollouts(batch)
         if rollouts is not None:
             self._samples += samples_of(rollouts)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_onpolicy.callbacks.model_card import model_card
-from lightning_onpolicy.callbacks.protocol import HasPolicy, SavesPolicy, WarnOnce
+from lightning_onpolicy.callbacks.protocol import SavesPolicy, WarnOnce
 from lightning_onpolicy.modules.saving import gathered_state_dict
 
 MARKER = "onpolicy_export.json"
@@ -81,8 +81,10 @@ class ExportHF(Callback):
         self._export(trainer, pl_module)
 
     def _policy(self, module: pl.LightningModule) -> SavesPolicy | None:
-        if isinstance(module, HasPolicy) and isinstance(module.policy, SavesPolicy):
-            return module.policy
+        # Not isinstance: on Python 3.12 a protocol's check does not see what a module has as its children.
+        policy = getattr(module, "policy", None)
+        if all(hasattr(policy, name) for name in ("model", "tokenizer", "save_pretrained")):
+            return cast("SavesPolicy", policy)
         self._warn(
             f"{type(module).__name__} has no .policy with .model, .tokenizer and .save_pretrained: nothing "
             "is exported."

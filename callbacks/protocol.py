@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 
 
-@runtime_checkable
 class SavesPolicy(Protocol):
     """A policy that can be written for plain transformers (``modules.Policy`` can)."""
 
@@ -24,13 +23,6 @@ class SavesPolicy(Protocol):
         self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
         """Write weights, tokenizer and generation config into ``folder``."""
-
-
-@runtime_checkable
-class HasPolicy(Protocol):
-    """A LightningModule with a policy."""
-
-    policy: SavesPolicy
 
 
 @runtime_checkable

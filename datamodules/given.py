@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,32 @@ import torch
 from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Group, Prompt
 from lightning_onpolicy.datamodules.tools.base import Observation
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation
+
+WEIGHT = "weight"  # [B] float in ``extra``: what a given response counts
+
+
+def given_weights(prompt: Prompt, count: int, key: str) -> list[float]:
+    """The weights of the responses that a row holds.
+
+    Args:
+        prompt: The row's.
+        count: Its responses.
+        key: Under which it has one number, or a list with one per response.
+
+    Raises:
+        ValueError: If they are missing, of another number, negative or not finite; the message names the row.
+    """
+    value: Any = prompt.row.get(key)
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"row {prompt.uid!r}: {count} responses, but {len(values)} entries in {key!r}.")
+    for weight in values:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight < 0:
+            raise ValueError(
+                f"row {prompt.uid!r}: {key!r} (weight_key) must hold finite numbers >= 0, got {value!r}."
+            )
+    return [float(weight) for weight in values]
 
 
 def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_tokens: int | None) -> Group:

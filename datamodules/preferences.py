@@ -1,20 +1,16 @@
-"""Pairs of answers of which one is preferred: batches for reward models and for direct preference optimisation."""
+"""Pairs of answers of which one is preferred: batches of them, and what trains a policy on them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
-
-import lightning.pytorch as pl
 
 from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch, Sampling
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.judged import judged_rows
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
-from lightning_onpolicy.datamodules.precision import keep_batches
-from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
+from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rows import Source
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
@@ -193,98 +189,4 @@ class PreferenceDataModule(OnPolicyDataModule):
                 rejected_key=self.rejected_key,
                 limit=self.max_response_tokens,
             )
-        )
-
-
-class PairDataModule(pl.LightningDataModule):
-    """Pairs for a reward model: to train it on, and held-out ones to validate it on.
-
-    Args:
-        train: Source of rows with a prompt and two answers.
-        val: Source of held-out rows; none, no validation.
-        test: Source of test rows; default: ``val``.
-        prompts_per_batch: Rows per batch and rank.
-        steps_per_epoch: Batches per epoch.
-        chosen_key: Key of the preferred answer, or answers.
-        rejected_key: Key of the other, or others.
-        max_response_tokens: Most tokens of an answer; longer ones are cut on both sides alike.
-        chat: Render prompts with the tokenizer's chat template.
-        system: System message put before each prompt.
-        chat_options: More arguments for the chat template.
-        max_prompt_tokens: Longest prompt, in tokens.
-        overlong: What happens to longer ones: ``error`` or ``skip``.
-        seed: Of the rows' order.
-    """
-
-    def __init__(
-        self,
-        train: Source | None = None,
-        val: Source | None = None,
-        test: Source | None = None,
-        prompts_per_batch: int = 32,
-        steps_per_epoch: int = 100,
-        chosen_key: str = "chosen",
-        rejected_key: str = "rejected",
-        max_response_tokens: int | None = None,
-        chat: bool = True,
-        system: str | None = None,
-        chat_options: dict[str, Any] | None = None,
-        max_prompt_tokens: int | None = None,
-        overlong: Literal["error", "skip"] = "error",
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.sources = {"train": train, "val": val, "test": val if test is None else test}
-        self.prompts_per_batch, self.steps_per_epoch = prompts_per_batch, steps_per_epoch
-        self.chosen_key, self.rejected_key = chosen_key, rejected_key
-        self.max_response_tokens, self.seed = max_response_tokens, seed
-        self._render = functools.partial(
-            PromptStream,
-            chat=chat,
-            system=system,
-            chat_options=chat_options,
-            max_prompt_tokens=max_prompt_tokens,
-            overlong=overlong,
-            seed=seed,
-        )
-
-    def setup(self, stage: str) -> None:
-        """Keep batches out of the Trainer's precision."""
-        assert self.trainer is not None
-        keep_batches(self.trainer)
-
-    def train_dataloader(self) -> PreferenceLoader:
-        """Training pairs, in a shuffled order."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> PreferenceLoader | list[Any]:
-        """Every held-out pair once; none if there is no source."""
-        return [] if self.sources["val"] is None else self._loader("val", shuffle=False)
-
-    def test_dataloader(self) -> PreferenceLoader:
-        """Every test pair once."""
-        return self._loader("test", shuffle=False)
-
-    def _loader(self, stage: str, *, shuffle: bool) -> PreferenceLoader:
-        source = self.sources[stage]
-        if source is None:
-            raise ValueError(f"data.{stage} is missing: name a source of pairs for {stage!r}.")
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        rank, world = shard_of(self.trainer)
-        stream = self._render(source, module.tokenizer, shuffle=shuffle, rank=rank, world_size=world)
-        limit = self.trainer.limit_train_batches
-        steps = self.steps_per_epoch
-        if not shuffle:  # ranks see equally many; the last prompts come round again where they do not divide
-            steps = -(-stream.source_size // (world * self.prompts_per_batch))
-        elif isinstance(limit, int):
-            steps = min(steps, limit)
-        return PreferenceLoader(
-            stream,
-            module.tokenizer,
-            prompts_per_batch=self.prompts_per_batch,
-            steps=steps,
-            chosen_key=self.chosen_key,
-            rejected_key=self.rejected_key,
-            limit=self.max_response_tokens,
         )

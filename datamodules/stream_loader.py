@@ -71,3 +71,18 @@ class StreamLoader(ABC):
         self.batches_made = int(state["batches_made"])
         self._position = int(state["position"])
         self._resumed = True
+
+
+def epoch_steps(stream: PromptStream, prompts_per_batch: int, steps: int | None, limit: Any = None) -> int:
+    """Batches per epoch and rank.
+
+    Args:
+        stream: Where prompts come from.
+        prompts_per_batch: Prompts per batch and rank.
+        steps: As many as these; None takes what one pass over the source needs. Ranks see equally many; where the
+            source does not divide, prompts come round again.
+        limit: The Trainer's ``limit_train_batches``; a whole number is a bound.
+    """
+    if steps is None:
+        steps = -(-stream.source_size // (stream.world_size * prompts_per_batch))
+    return min(steps, limit) if isinstance(limit, int) else steps

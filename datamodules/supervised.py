@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+
 from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch, Sampling, collate
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
-from lightning_onpolicy.datamodules.given import given_group
+from lightning_onpolicy.datamodules.given import WEIGHT, given_group, given_weights
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
@@ -27,6 +29,7 @@ class SupervisedLoader(StreamLoader):
         steps: Batches per epoch.
         response_key: Key of the rows' responses.
         max_response_tokens: Longest response, in tokens; longer ones are an error.
+        weight_key: Key of the responses' weights; None: all count the same.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class SupervisedLoader(StreamLoader):
         steps: int,
         response_key: str = "response",
         max_response_tokens: int | None = None,
+        weight_key: str | None = None,
     ) -> None:
         super().__init__(stream, prompts_per_batch, steps)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.weight_key = tokenizer, weight_key
         self.response_key, self.max_response_tokens = response_key, max_response_tokens
 
     def batch_of(self, prompts: Sequence[Prompt]) -> RolloutBatch:
@@ -49,7 +53,11 @@ class SupervisedLoader(StreamLoader):
             given_group(p, self.tokenizer, self.response_key, self.max_response_tokens) for p in prompts
         ]
         pad = self.tokenizer.pad_token_id
-        return collate(groups, pad_id=self.tokenizer.eos_token_id if pad is None else pad)
+        batch = collate(groups, pad_id=self.tokenizer.eos_token_id if pad is None else pad)
+        if self.weight_key is None:
+            return batch
+        weights = [w for g in groups for w in given_weights(g.prompt, len(g.completions), self.weight_key)]
+        return batch.with_extra(**{WEIGHT: torch.tensor(weights, dtype=torch.float32)})
 
 
 class SupervisedDataModule(OnPolicyDataModule):
@@ -66,6 +74,8 @@ class SupervisedDataModule(OnPolicyDataModule):
         steps_per_epoch: Batches per epoch.
         response_key: Key of the rows' responses.
         max_response_tokens: Longest response, in tokens; longer ones are an error.
+        weight_key: Key of the responses' weights, a number or one per response (weighted SeqKD); null: all count the
+            same.
         sampling: How evaluation completions are drawn.
         rewards: Named rewards of evaluation.
         reward_weights: Weights of the rewards in the total; default 1 each.
@@ -93,6 +103,7 @@ class SupervisedDataModule(OnPolicyDataModule):
         steps_per_epoch: int = 100,
         response_key: str = "response",
         max_response_tokens: int | None = None,
+        weight_key: str | None = None,
         sampling: Sampling | None = None,
         rewards: dict[str, Reward] | None = None,
         reward_weights: dict[str, float] | None = None,
@@ -133,7 +144,7 @@ class SupervisedDataModule(OnPolicyDataModule):
             seed=seed,
             deadline_s=deadline_s,
         )
-        self.max_response_tokens = max_response_tokens
+        self.max_response_tokens, self.weight_key = max_response_tokens, weight_key
 
     def train_dataloader(self) -> SupervisedLoader:  # type: ignore[override]
         """Batches of given responses."""
@@ -145,5 +156,6 @@ class SupervisedDataModule(OnPolicyDataModule):
                 steps=self.steps_this_run(),
                 response_key=self.response_key,
                 max_response_tokens=self.max_response_tokens,
+                weight_key=self.weight_key,
             )
         )

@@ -12,9 +12,20 @@ from lightning_onpolicy.datamodules.rows import Row
 from lightning_onpolicy.datamodules.sources import FileSource
 
 CUT, REFUSED = "length", "content_filter"  # finish reasons, as OpenAI-compatible servers say them
-# Other lists with one entry per answer, as `onpolicy collect` writes them.
+# Other lists with one entry per answer: as `onpolicy collect` writes them, and weights that somebody added.
 PER_ANSWER = (
-    "refused truncated empty reasoning reported_models usage times seconds request_ids fingerprints".split()
+    *(
+        "weights",
+        "refused",
+        "truncated",
+        "empty",
+        "reasoning",
+        "reported_models",
+        "usage",
+        "times",
+        "seconds",
+    ),
+    *("request_ids", "fingerprints"),
 )
 
 

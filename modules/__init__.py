@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from lightning_onpolicy.modules.gad import GAD as GAD
     from lightning_onpolicy.modules.gad_generator import GADGenerator as GADGenerator
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
+    from lightning_onpolicy.modules.meta_reward import MetaRewardModel as MetaRewardModel
+    from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer as MetaRewardScorer
     from lightning_onpolicy.modules.onpolicy import OnPolicyModule as OnPolicyModule
     from lightning_onpolicy.modules.policy import Policy as Policy
     from lightning_onpolicy.modules.preference import PreferenceTune as PreferenceTune
     from lightning_onpolicy.modules.scalar import ScalarModel as ScalarModel
     from lightning_onpolicy.modules.scalar_reward import ScalarReward as ScalarReward
+    from lightning_onpolicy.modules.spct import JudgingSpec as JudgingSpec
+    from lightning_onpolicy.modules.spct import SPCTReward as SPCTReward
     from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
     from lightning_onpolicy.modules.specs import ModelSpec as ModelSpec
     from lightning_onpolicy.modules.supervised import SupervisedFineTune as SupervisedFineTune
@@ -27,18 +31,22 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "ScalarReward": "scalar_reward",
-        "PreferenceTune": "preference",
-        "GADDiscriminator": "discriminator",
         "GAD": "gad",
+        "GADDiscriminator": "discriminator",
         "GADGenerator": "gad_generator",
+        "JudgingSpec": "spct",
         "LoraSpec": "specs",
+        "MetaRewardModel": "meta_reward",
+        "MetaRewardScorer": "meta_scorer",
         "ModelSpec": "specs",
         "OnPolicyDistill": "distill",
         "OnPolicyModule": "onpolicy",
         "Policy": "policy",
+        "PreferenceTune": "preference",
         "ProRLGRPO": "grpo",
         "ScalarModel": "scalar",
+        "ScalarReward": "scalar_reward",
+        "SPCTReward": "spct",
         "SupervisedFineTune": "supervised",
     },
 )

@@ -37,8 +37,8 @@ def aggregate(
     if reduction == "sum":
         return loss_N.sum()
     if reduction == "token_mean":
-        return loss_N.sum() / max(counts.tokens, 1.0)
-    sequences = max(counts.sequences, 1.0)
+        return loss_N.sum() / (counts.tokens or 1.0)
+    sequences = counts.sequences or 1.0
     if reduction == "sequence_sum":
         return loss_N.sum() / sequences
     if reduction == "constant":

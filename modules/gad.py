@@ -59,7 +59,7 @@ class GAD(GADGenerator):
         discriminator: Another model to start the discriminator from, with its own tokenizer; default: a copy of the
             student.
         pairs: What the discriminator minimises.
-        r1: Coefficient of its gradient penalty; costs a second derivative and does without fused attention.
+        r1: Coefficient of its gradient penalty; costs a second derivative and does without fused attention and FSDP2.
         reward: How scores become rewards.
         warmup: The first batches.
         gate: When a player waits.
@@ -165,6 +165,12 @@ class GAD(GADGenerator):
         else:
             self.discriminator = ScalarModel.copy_of(self.policy, lora=lora, std=std)
 
+    def setup(self, stage: str) -> None:
+        """Also refuse a gradient penalty that the strategy cannot compute."""
+        super().setup(stage)
+        if stage == "fit" and self.r1:
+            parallel.refuse_second_derivative(self.trainer)
+
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The discriminator trains, so it is in checkpoints."""
         return {name: m for name, m in super().frozen_modules().items() if name != "discriminator"}
@@ -200,7 +206,8 @@ class GAD(GADGenerator):
         """One rollout batch: score, then the discriminator's update, then the policy's.
 
         Returns:
-            As :meth:`OnPolicyModule.training_step`; ``batch`` has the sampled rows.
+            As :meth:`OnPolicyModule.training_step`; ``batch`` has the sampled rows, ``judged`` all rows as the
+            discriminator read them.
         """
         if not isinstance(batch, RolloutBatch):
             raise TypeError(
@@ -234,10 +241,9 @@ class GAD(GADGenerator):
                     whole_groups=True,
                 )
         if policy_learns:
-            given = batch.select((~batch.on_policy).nonzero()[:, 0]) if phase == "warmup" else rows
             with self.phases("update"):
                 self.clock.policy_steps += self.optimise(
-                    given,
+                    taught(batch) if phase == "warmup" else rows,
                     self.loss if phase == "main" else self.imitation_loss,
                     policy_optimizer,
                     tally,
@@ -251,8 +257,10 @@ class GAD(GADGenerator):
             "policy_steps": float(self.clock.policy_steps),
             "discriminator_steps": float(self.clock.discriminator_steps),
         }
+        if phase == "main":
+            self.note_entropy(metrics)
         reported = self.report("train", metrics, rows)
-        return {"seconds": self.phases.take(), "metrics": reported, "batch": rows}
+        return {"seconds": self.phases.take(), "metrics": reported, "batch": rows, "judged": verdict.rows}
 
     def lesson(self, verdict: Verdict) -> RolloutBatch:
         """What the discriminator learns from: the fresh rows, some groups replaced by old ones."""
@@ -288,3 +296,8 @@ class GAD(GADGenerator):
                 "no sampled response has a teacher's beside it: set data.beside to true, and data.response_key to the "
                 "key under which the rows hold the teacher's text."
             )
+
+
+def taught(batch: RolloutBatch) -> RolloutBatch:
+    """Only the teacher's tokens are to be learnt. All rows stay, so that a rank without any such token keeps step."""
+    return dataclasses.replace(batch, response_mask=batch.response_mask & ~batch.on_policy[:, None])

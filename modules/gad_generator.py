@@ -30,6 +30,7 @@ from lightning_onpolicy.modules.discrimination import (
 )
 from lightning_onpolicy.modules.gad_reward import AdversarialReward, adversarial_reward
 from lightning_onpolicy.modules.grpo import ProRLGRPO
+from lightning_onpolicy.modules.losses.advantages import group_summary
 from lightning_onpolicy.modules.losses.adversarial import Pairs, pair_rows
 from lightning_onpolicy.modules.losses.score_rewards import teacher_mean
 from lightning_onpolicy.modules.outcome import Tally
@@ -177,7 +178,12 @@ class GADGenerator(ProRLGRPO):
         verdict = self.judge(batch)
         rows, means = self.own_rows(batch, verdict)
         self._verdict = {**self.verdict_metrics(batch, verdict), **means}
+        self._judged = verdict.rows
         return super().prepare(rows)
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
+        """As ProRLGRPO's; ``judged`` has all rows as the discriminator read them."""
+        return {**super().training_step(batch, batch_idx), "judged": self._judged}
 
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Also what the discriminator, fresh, made of them."""
@@ -187,21 +193,30 @@ class GADGenerator(ProRLGRPO):
         return {**super().rollout_metrics(batch), **values}
 
     def verdict_metrics(self, batch: RolloutBatch, verdict: Verdict) -> dict[str, Tensor]:
-        """``fresh/…``: accuracy, gap of scores and lengths, … of the verdict; values to take the mean of."""
+        """``fresh/…``: accuracy, gap of scores and lengths, … of the verdict; values to take the mean of.
+
+        ``score_std`` is the spread within a group, ``flat_groups`` the share of groups that have none,
+        ``teacher_length`` that of the given rows in the discriminator's tokens.
+        """
         own, group = batch.on_policy.cpu(), batch.group.cpu()[batch.on_policy.cpu()]
         length_B, pairs = verdict.rows.response_lengths.cpu(), verdict.pairs
         scores, lengths = ((value_B[own], value_B[~own]) for value_B in (verdict.score_B, length_B))
-        values = {"length_correlation": length_correlation(scores[0], lengths[0], group)}
-        if len(pairs):
-            values |= {
-                "accuracy": pair_accuracy(*scores, pairs, group),
-                "matched_accuracy": matched_accuracy(*scores, *lengths, pairs, group),
-                "score_gap": score_gap(*scores, pairs, group),
-                "length_gap": length_gap(*lengths, pairs, group),
-            }
+        values = {  # the same names whether or not this rank has a pair: they are summed over ranks
+            "length_correlation": length_correlation(scores[0], lengths[0], group),
+            "accuracy": pair_accuracy(*scores, pairs, group),
+            "matched_accuracy": matched_accuracy(*scores, *lengths, pairs, group),
+            "score_gap": score_gap(*scores, pairs, group),
+            "length_gap": length_gap(*lengths, pairs, group),
+        }
+        spread = group_summary(scores[0], group)
         return {
-            f"fresh/{name}": torch.full((value.n,), value.mean, dtype=torch.float64)
-            for name, value in values.items()
+            "fresh/score_std": spread["group_std"],
+            "fresh/flat_groups": spread["constant_groups"],
+            "fresh/teacher_length": lengths[1].double(),
+            **{
+                f"fresh/{name}": torch.full((value.n,), value.mean, dtype=torch.float64)
+                for name, value in values.items()
+            },
         }
 
     def progress_bar_metrics(self) -> Mapping[str, str]:

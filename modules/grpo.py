@@ -274,10 +274,14 @@ class ProRLGRPO(WithReference, WithCritic):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Any]:
         """As every method's; then the entropy's controller takes note."""
         out = super().training_step(batch, batch_idx)
-        entropy = out["metrics"].get("train/entropy", math.nan)
+        self.note_entropy(out["metrics"], "train/entropy")
+        return out
+
+    def note_entropy(self, metrics: Mapping[str, float], name: str = "entropy") -> None:
+        """Let the entropy's controller see a step's metrics, which are the same on all ranks."""
+        entropy = metrics.get(name, math.nan)
         if not math.isnan(entropy):  # there is none without a row of the policy's own
             self.entropy_control.update(entropy)
-        return out
 
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Also what the groups teach: pass rate, constant and solved groups, deviation; and the entropy bonus."""

@@ -26,8 +26,8 @@ from lightning_onpolicy.modules.statistics import Interval, average_at_k, pass_a
 CORRECT = 1.0 - 1e-6
 
 
-class _Rows(Metric):
-    """Collects named columns of rows."""
+class RowMetric(Metric):
+    """Collects named columns of rows: what metrics whose maths needs single rows are made of."""
 
     full_state_update = False
     higher_is_better = None
@@ -54,7 +54,7 @@ class _Rows(Metric):
         return torch.zeros(0) if isinstance(rows, list) and not rows else dim_zero_cat(rows).cpu()
 
 
-class AvgAtK(_Rows):
+class AvgAtK(RowMetric):
     """avg@k: the mean score, with intervals over prompts and over seeds.
 
     ``compute`` returns ``accuracy``, ``accuracy_low``, ``accuracy_high`` (over prompts),
@@ -86,7 +86,7 @@ class AvgAtK(_Rows):
         return _accuracy(self._column("score"), self._column("key"), self._column("sample"), self.confidence)
 
 
-class PassAtK(_Rows):
+class PassAtK(RowMetric):
     """Unbiased pass@k: ``pass@<k>``, ``pass@<k>_low``, ``pass@<k>_high``.
 
     Args:
@@ -119,7 +119,7 @@ class PassAtK(_Rows):
         )
 
 
-class ResponseLength(_Rows):
+class ResponseLength(RowMetric):
     """Mean response length in tokens: ``length``, and ``length_correct``, ``_incorrect``, ``_unscored``.
 
     Args:
@@ -140,7 +140,7 @@ class ResponseLength(_Rows):
         return _lengths(self._column("length"), self._column("score"), self.correct_threshold)
 
 
-class TruncationRate(_Rows):
+class TruncationRate(RowMetric):
     """Share of responses cut by length: ``truncated``."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -155,7 +155,7 @@ class TruncationRate(_Rows):
         return _known({"truncated": _mean(1.0 - self._column("finished"))})
 
 
-class WeightedMean(_Rows):
+class WeightedMean(RowMetric):
     """A per-token mean, such as a divergence to the teacher: ``<name>``, ``<name>_low``, ``<name>_high``.
 
     Args:
@@ -185,7 +185,7 @@ class WeightedMean(_Rows):
         return _known(_named(self.name, x))
 
 
-class RolloutMetrics(_Rows):
+class RolloutMetrics(RowMetric):
     """All of an evaluation's numbers, straight from its batches.
 
     ``compute`` returns what :class:`AvgAtK`, :class:`PassAtK`, :class:`ResponseLength` and

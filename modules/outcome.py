@@ -14,8 +14,8 @@ class Counts:
     """Global counts of one optimizer step, over all its micro-batches and ranks: what losses are divided by.
 
     Args:
-        tokens: Trained tokens.
-        sequences: Rows with at least one trained token.
+        tokens: Trained tokens, each counted with its row's weight (``extra["weight"]``; 1 where there is none).
+        sequences: Rows with at least one trained token, likewise.
         compared: Rows that lose to a preferred one of their group (``extra["preferred"]``); 0 where none is marked.
     """
 

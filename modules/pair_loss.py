@@ -50,7 +50,10 @@ def pair_loss(
             weight_R = torch.zeros(int(preferred.sum()), dtype=score.dtype, device=score.device)
             weight_R = weight_R.index_add(0, pairs.teacher_C, pairs.weight_C.to(score.dtype))
             penalty, more = gradient_penalty(weight_R.sqrt() * score[preferred], seen[0], counts.compared)
-            loss, means = loss + r1 * penalty, {**means, **more}
+            norm_R = (
+                more["gradient_norm"][preferred] / weight_R.sqrt()
+            )  # the other rows have none by construction
+            loss, means = loss + r1 * penalty, {**means, "gradient_norm": norm_R[weight_R > 0]}
     return LossOutput(loss, means)
 
 

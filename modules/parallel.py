@@ -98,6 +98,12 @@ def refuse_unfit(trainer: Any) -> None:
             )
 
 
+def refuse_second_derivative(trainer: Any) -> None:
+    """Raise where a gradient penalty would crash: FSDP2 frees gathered weights after the first of two derivatives."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError("r1 differentiates twice, which FSDP2 cannot do: use DDP instead, or set r1 to 0.")
+
+
 def shard(policy: nn.Module, mesh: Any, blocks: list[nn.Module]) -> None:
     """FSDP2: shard ``blocks`` one by one, then ``policy`` itself, and let ``decode`` run its hooks."""
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method

@@ -26,7 +26,17 @@ from lightning_onpolicy.modules.losses.settings import (
 )
 
 PresetName = Literal[
-    "prorl_v1", "prorl_v2", "brorl", "justrl", "dapo", "dr_grpo", "grpo", "gad_paper", "gad_small"
+    "prorl_v1",
+    "prorl_v2",
+    "brorl",
+    "justrl",
+    "dapo",
+    "dr_grpo",
+    "grpo",
+    "gad_paper",
+    "gad_small",
+    "spct",
+    "spct_16b",
 ]
 
 
@@ -97,6 +107,23 @@ class Preset:
     dynamic_sampling: bool = False
     reset: Reset | None = None
     stages: tuple[Stage, ...] = ()
+
+
+def _spct(beta: float) -> Preset:
+    """SPCT's reinforcement stage: learning rate, batch 512 (of responses, so 128 prompts), G 4, β by the model's size
+    (0.08 for 27B, 0.002 for 16B; a small one collapsed where there was little to learn), loss and KL per response. ε,
+    updates per batch, temperature, lengths, estimator of the KL n/s: 0.2, 1, 1, 4096 each, k3 as in the original GRPO.
+    """
+    return Preset(
+        source="SPCT, 2504.02495",
+        advantage=AdvantageSpec("group_zscore"),
+        surrogate=SurrogateSpec("clip", low=0.2, high=0.2),
+        kl=KLSpec(coef=beta, gradient="forward"),
+        reduction="sequence_mean",
+        lr=4e-7,
+        prompts=128,
+        stages=(Stage(4096 + 4096, 4),),
+    )
 
 
 PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
@@ -227,6 +254,8 @@ PRESETS: Mapping[PresetName, Preset] = MappingProxyType(
             prompts=32,
             stages=(Stage(2048 + 1536, 8),),
         ),
+        "spct": _spct(0.08),
+        "spct_16b": _spct(0.002),
     }
 )
 

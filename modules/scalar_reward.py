@@ -6,15 +6,50 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_onpolicy.datamodules.batch import Group
+from lightning_onpolicy.datamodules.batch import Group, RolloutBatch
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.datamodules.judged import judged_rows, read_anew
+from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.modules.microbatch import cut_micro_batches
 from lightning_onpolicy.modules.scalar import ScalarModel
 from lightning_onpolicy.modules.specs import ModelSpec
 
 
-class ScalarReward:
+class FrozenScalar:
+    """A scalar model that stays as it is, and scores rows.
+
+    Args:
+        model: What ``save_pretrained`` of a :class:`ScalarModel` wrote, or a live one.
+        micro_batch_tokens: Positions (rows × longest row) per forward pass.
+        device: Where to score; null takes CUDA where there is, or else the CPU.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelSpec | ScalarModel,
+        micro_batch_tokens: int = 16384,
+        device: str | None = None,
+    ) -> None:
+        self.model = model if isinstance(model, ScalarModel) else ScalarModel.from_pretrained(model)
+        self.model.requires_grad_(False)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.budget = micro_batch_tokens
+
+    @torch.no_grad()
+    def of_rows(self, rows: RolloutBatch) -> list[float]:
+        """One score per row."""
+        scores = torch.zeros(len(rows))
+        with eval_mode(self.model):
+            for piece in cut_micro_batches(rows.lengths.tolist(), self.budget):
+                micro = rows.select(piece).to(self.device)
+                scores[piece] = self.model.scores(micro.input_ids, micro.attention_mask).cpu()
+        return scores.tolist()
+
+
+class ScalarReward(FrozenScalar, Reward):
     """Scores of a scalar model that stays as it is (a ``Reward``). It reads texts, whatever the policy's tokenizer.
 
     Args:
@@ -41,15 +76,9 @@ class ScalarReward:
         chat: bool = True,
         device: str | None = None,
     ) -> None:
-        self.model = model if isinstance(model, ScalarModel) else ScalarModel.from_pretrained(model)
-        self.model.requires_grad_(False)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        self.model.to(self.device)
-        self.limit, self.budget, self.chat = max_response_tokens, micro_batch_tokens, chat
+        super().__init__(model, micro_batch_tokens, device)
+        self.limit, self.chat = max_response_tokens, chat
 
-    @torch.no_grad()
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion."""
         tokenizer = self.model.tokenizer
@@ -69,10 +98,5 @@ class ScalarReward:
             eos_id=eos,
             limit=self.limit,
         )
-        scores = torch.zeros(len(rows))
-        with eval_mode(self.model):
-            for piece in cut_micro_batches(rows.lengths.tolist(), self.budget):
-                micro = rows.select(piece).to(self.device)
-                scores[piece] = self.model.scores(micro.input_ids, micro.attention_mask).cpu()
-        it = iter(scores.tolist())
+        it = iter(self.of_rows(rows))
         return [[next(it) for _ in group.completions] for group in groups]

@@ -2,6 +2,8 @@
 
 The loss is the negative log-likelihood of given responses, −log p(y_t), over trained tokens. It is here because
 the other methods start from it and are compared with it; nothing is sampled in training, only in evaluation.
+
+Rows may have weights: several answers of a teacher per prompt, each counted by what a verifier said of it (2507.00054).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.given import WEIGHT
 from lightning_onpolicy.modules.aggregate import Reduction, aggregate
 from lightning_onpolicy.modules.onpolicy import LoopSpec, OnPolicyModule, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput
@@ -55,12 +58,21 @@ class SupervisedFineTune(OnPolicyModule):
 def imitation_loss(
     policy: Policy, micro: RolloutBatch, counts: Counts, reduction: Reduction, loop: LoopSpec
 ) -> LossOutput:
-    """A micro-batch's share of the negative log-likelihood of its trained tokens, whoever wrote them."""
+    """A micro-batch's share of the negative log-likelihood of its trained tokens, whoever wrote them.
+
+    Rows may have weights w (``extra["weight"]``): Σ_i w_i Σ_t nll_it / Σ_i w_i T_i with ``token_mean``, and likewise
+    with the others; a row of weight 2 is that row twice, one of weight 0 is not there. ``counts`` has weighted sums.
+    """
     stats = policy(
         micro.input_ids,
         micro.response_mask,
         outputs=("logp", "entropy"),
         budget_bytes=loop.head_budget_mb * 2**20,
     )
-    loss = aggregate(-stats.logp, micro.response_mask, counts, reduction)
-    return LossOutput(loss, {"nll": -stats.logp, "entropy": stats.entropy})
+    loss_N, means = -stats.logp, {"nll": -stats.logp, "entropy": stats.entropy}
+    if WEIGHT in micro.extra:
+        mask = micro.response_mask[:, 1:]
+        weight_B = micro.extra[WEIGHT].to(loss_N.dtype)
+        loss_N = loss_N * weight_B[:, None].expand_as(mask)[mask]
+        means["weight"] = weight_B[mask.any(1)]
+    return LossOutput(aggregate(loss_N, micro.response_mask, counts, reduction), means)

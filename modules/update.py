@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
+from lightning_onpolicy.datamodules.given import WEIGHT
 from lightning_onpolicy.datamodules.judged import PREFERRED, paired
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.aggregate import scatter
@@ -225,10 +226,17 @@ class UpdateLoop(pl.LightningModule):
 
     def _counts(self, batch: RolloutBatch) -> Counts:
         mask = batch.response_mask[:, 1:]
+        weight_B = batch.extra.get(WEIGHT, mask.new_ones(len(mask), dtype=torch.float64)).double()
         preferred = batch.extra.get(PREFERRED)
         compared = 0 if preferred is None else int((paired(preferred, batch.group) & ~preferred).sum())
-        local = torch.stack([mask.sum(), mask.any(1).sum(), mask.new_tensor(compared, dtype=torch.long)])
-        return Counts(*parallel.reduce_ranks(self.trainer, local.double(), "sum").tolist())
+        local = torch.stack(
+            [
+                weight_B @ mask.sum(1).double(),
+                weight_B @ mask.any(1).double(),
+                weight_B.new_tensor(float(compared)),
+            ]
+        )
+        return Counts(*parallel.reduce_ranks(self.trainer, local, "sum").tolist())
 
 
 def _renamed(values: Any, first: bool) -> dict[str, Tensor]:

@@ -77,7 +77,12 @@ STORIES = {
 }
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
+) -> None:
     """Write a complete model folder with bf16 weights."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -87,7 +92,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_ANSWER_TOKENS,
+        max_new_tokens=max_new_tokens,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -104,7 +109,7 @@ def recipes(seed: int, quick: bool) -> list[Recipe]:
     return [
         Recipe("teacher", layers=4, hidden=128, intermediate=256, steps=1000, seed=seed),
         Recipe("student", 4, 128, 256, steps=1000, seed=seed + 1, noisy_steps=60, survival=0.35),
-        Recipe("reader", 3, 96, 192, steps=500, seed=seed + 2, pieces=384),
+        Recipe("reader", 4, 128, 256, steps=1000, seed=seed + 2, noisy_steps=60, survival=0.35, pieces=384),
     ]
 
 

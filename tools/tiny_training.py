@@ -39,19 +39,19 @@ def make_pool(tokenizer: Any, items: Sequence[Item]) -> Pool:
 
 
 class Noise:
-    """Replaces letters and digits of answers by others, so that an answer survives with a given chance."""
+    """Replaces tokens of letters or digits in answers by others, so that an answer survives with a given chance."""
 
     def __init__(self, tokenizer: Any, survival: float) -> None:
         self.survival = survival
         vocab = tokenizer.get_vocab()
         self.kind = torch.zeros(len(vocab), dtype=torch.long)  # 0: never replaced
         self.members = torch.zeros(4, len(vocab))
-        for kind, letters in enumerate(
-            ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), start=1
-        ):
-            ids = torch.tensor([vocab[letter] for letter in letters])
-            self.kind[ids] = kind
-            self.members[kind, ids] = 1.0
+        kinds = (str.isdigit, str.islower, str.isupper)
+        for token, index in vocab.items():
+            if token.isascii() and token.isalnum():
+                self.kind[index] = 1 + next((k for k, holds in enumerate(kinds) if holds(token)), -1)
+        for kind in range(1, 4):
+            self.members[kind, self.kind == kind] = 1.0
 
     def chances(self, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         """Return each token's chance of being replaced; it is zero outside the mask ``answer``."""
@@ -91,6 +91,7 @@ class Recipe:
     noisy_steps: int = 0
     survival: float = 1.0
     batch: int = 160
+    positions: int = 128  # longest sequence, in tokens
     pieces: int = 0  # entries of a tokenizer of its own, whose tokens are pieces of words; 0: the shared one
 
 
@@ -103,7 +104,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
         num_hidden_layers=recipe.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=recipe.positions,
         initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["ok", "missing", "count", "range", "truncated"]
+Outcome = Literal["ok", "missing", "count", "range", "truncated", "unanswered"]
 
 _OPEN = re.compile(r"\\boxed\s{0,8}\{")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
@@ -26,7 +26,8 @@ class Parsed:
 
     Args:
         outcome: ``ok``; ``missing`` (no well-formed box of integers), ``count`` (not n values), ``range`` (a value
-            outside), ``truncated`` (none, and the text was cut before it ended).
+            outside), ``truncated`` (none, and the text was cut before it ended). ``unanswered`` is a judge's that said
+            nothing in time.
         scores: ``[n]`` integers in the order presented; None unless ``ok``.
     """
 
@@ -64,9 +65,7 @@ def parse_scores(
     """
     if n < 1 or low > high:
         raise ValueError(f"parse_scores needs n >= 1 and low <= high, got n={n}, low={low}, high={high}.")
-    if think_end is not None and think_end in text:
-        text = text[text.rindex(think_end) + len(think_end) :]
-    values = _last_box(text[-MAX_TEXT:])
+    values = _last_box(without_thinking(text, think_end)[-MAX_TEXT:])
     if values is None:
         return Parsed("missing" if finished else "truncated")
     if len(values) != n:
@@ -74,6 +73,18 @@ def parse_scores(
     if not all(low <= value <= high for value in values):
         return Parsed("range")
     return Parsed("ok", tuple(values))
+
+
+def without_thinking(text: str, think_end: str | None) -> str:
+    """What follows the last end of thinking; all of the text where there is none.
+
+    Example:
+        >>> without_thinking("Hm. </think>Both are fine.", "</think>")
+        'Both are fine.'
+    """
+    if think_end is None or think_end not in text:
+        return text
+    return text[text.rindex(think_end) + len(think_end) :]
 
 
 def _last_box(text: str) -> list[int] | None:

@@ -81,19 +81,31 @@ class JudgedItem:
         if (self.n == 1) != (self.kind == "single"):
             raise ValueError(f"{what}: {self.n} responses cannot be of kind {self.kind}.")
         for j, sample in enumerate(self.samples):
-            self._check(sample, f"{what}, sample {j}")
+            check_sample(sample, self.n, f"{what}, sample {j}")
 
-    def _check(self, sample: JudgeSample, what: str) -> None:
-        if sample.outcome not in get_args(Outcome):
-            raise ValueError(f"{what}: outcome must be one of {get_args(Outcome)}, got {sample.outcome!r}.")
-        if sorted(sample.order) != list(range(self.n)):
-            raise ValueError(f"{what}: order {sample.order} is no order of {self.n} responses.")
-        if (sample.scores is None) == (sample.outcome == "ok"):
-            raise ValueError(f"{what}: outcome {sample.outcome} with scores {sample.scores}.")
-        if sample.scores is not None and len(sample.scores) != self.n:
-            raise ValueError(f"{what}: {len(sample.scores)} scores for {self.n} responses.")
-        if self.kind == "single" and sample.scores is not None and sample.scores[0] not in (0, 1):
-            raise ValueError(f"{what}: the score of a single response is 0 or 1, got {sample.scores[0]}.")
+
+def check_sample(sample: JudgeSample, n: int, what: str) -> None:
+    """Refuse a judgement that contradicts itself.
+
+    Args:
+        sample: The judgement.
+        n: Responses of its item.
+        what: What to call it.
+
+    Raises:
+        ValueError: If the outcome is unknown, the order is none, or scores are missing, superfluous, of another number
+            or, of a single response, not 0 or 1.
+    """
+    if sample.outcome not in get_args(Outcome):
+        raise ValueError(f"{what}: outcome must be one of {get_args(Outcome)}, got {sample.outcome!r}.")
+    if sorted(sample.order) != list(range(n)):
+        raise ValueError(f"{what}: order {sample.order} is no order of {n} responses.")
+    if (sample.scores is None) == (sample.outcome == "ok"):
+        raise ValueError(f"{what}: outcome {sample.outcome} with scores {sample.scores}.")
+    if sample.scores is not None and len(sample.scores) != n:
+        raise ValueError(f"{what}: {len(sample.scores)} scores for {n} responses.")
+    if n == 1 and sample.scores is not None and sample.scores[0] not in (0, 1):
+        raise ValueError(f"{what}: the score of a single response is 0 or 1, got {sample.scores[0]}.")
 
 
 def judged(case: EvalCase, samples: Sequence[JudgeSample]) -> JudgedItem:
@@ -153,7 +165,7 @@ def read_records(path: str | Path) -> list[JudgedItem]:
 
 def _item(row: Fields) -> JudgedItem:
     listed = row.get("samples", list, "a list of samples")
-    samples = tuple(_sample(Fields(f"{row.where}, samples[{j}]", x)) for j, x in enumerate(listed))
+    samples = tuple(sample_of(Fields(f"{row.where}, samples[{j}]", x)) for j, x in enumerate(listed))
     texts = {key: row.text(key) for key in ("uid", "benchmark", "subset", "section", "prompt")}
     kind: Any = row.text("kind")  # checked by the item
     n, correct = row.get("n", int, "a whole number"), _integers(row, "correct")
@@ -163,7 +175,8 @@ def _item(row: Fields) -> JudgedItem:
         raise ValueError(f"{row.where}: {error}") from error
 
 
-def _sample(row: Fields) -> JudgeSample:
+def sample_of(row: Fields) -> JudgeSample:
+    """A judgement from its keys, of the right types but otherwise unchecked."""
     scores = _integers(row, "scores") if "scores" in row else None
     meta = float(row.get("meta", (int, float), "a number")) if "meta" in row else None
     outcome: Any = row.text("outcome")  # checked by the item

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.rewards.composite import WeightedReward as WeightedReward
     from lightning_onpolicy.datamodules.rewards.format import TagReward as TagReward
     from lightning_onpolicy.datamodules.rewards.function import FunctionReward as FunctionReward
+    from lightning_onpolicy.datamodules.rewards.generative import GenerativeReward as GenerativeReward
     from lightning_onpolicy.datamodules.rewards.gym import GymReward as GymReward
     from lightning_onpolicy.datamodules.rewards.instructions import InstructionReward as InstructionReward
+    from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward as JudgementReward
+    from lightning_onpolicy.datamodules.rewards.judgement import ReadableReward as ReadableReward
     from lightning_onpolicy.datamodules.rewards.lengths import Cosine as Cosine
     from lightning_onpolicy.datamodules.rewards.lengths import KimiLength as KimiLength
     from lightning_onpolicy.datamodules.rewards.lengths import L1Exact as L1Exact
@@ -36,14 +39,17 @@ __getattr__, __dir__, __all__ = attach(
         "Cosine": "lengths",
         "FunctionReward": "function",
         "GatedReward": "composite",
+        "GenerativeReward": "generative",
         "GymReward": "gym",
         "InstructionReward": "instructions",
+        "JudgementReward": "judgement",
         "KimiLength": "lengths",
         "L1Exact": "lengths",
         "L1Max": "lengths",
         "MathReward": "math",
         "NumericReward": "stem",
         "Overlong": "lengths",
+        "ReadableReward": "judgement",
         "Reward": "base",
         "RoutedReward": "composite",
         "Sandbox": "sandbox",

@@ -15,12 +15,12 @@ def config_root() -> Path:
 
 
 def list_configs() -> dict[str, str]:
-    """Name → the first comment line, for every packaged YAML that configures a run (one with a ``model`` key)."""
+    """Name → the first comment line, for every packaged YAML that configures a run."""
     found: dict[str, str] = {}
     for path in sorted(config_root().rglob("*.yaml")):
         text = path.read_text()
         content = yaml.safe_load(text)
-        if isinstance(content, dict) and ("model" in content or "trainer" in content):
+        if isinstance(content, dict) and {"model", "trainer", "backend"} & content.keys():
             first = text.splitlines()[0]
             found[path.relative_to(config_root()).with_suffix("").as_posix()] = first.lstrip("# ")
     return found

@@ -1,4 +1,4 @@
-"""The ``onpolicy`` command: ``fit``, ``validate``, ``test``, ``predict``, ``collect``, ``ls``, ``cp``.
+"""The ``onpolicy`` command: ``fit``, ``validate``, ``test``, ``predict``, ``collect``, ``reject``, ``ls``, ``cp``.
 
 Everything after the first four is LightningCLI's; ``-c NAME`` also finds packaged configurations.
 """
@@ -24,6 +24,8 @@ USAGE = """usage: onpolicy COMMAND …
                                  --help and --print_config show every option)
   collect                        fill a file to train on with a teacher's answers, from any OpenAI-compatible API
                                  (--help shows every option; exit code 3: some rows failed, 4: the cap was reached)
+  reject                         judge labelled items and keep what is right, as text for a judge to learn from
+                                 (--help shows every option)
   ls                             list the packaged configurations
   cp NAME DEST                   copy one for editing
 
@@ -76,6 +78,10 @@ def _run(args: list[str]) -> None:
         from lightning_onpolicy.datamodules.collect.command import main as collect
 
         raise SystemExit(collect(args[1:]))
+    if command == "reject":
+        from lightning_onpolicy.datamodules.judging.reject import main as reject
+
+        raise SystemExit(reject(resolve_configs(args)[1:]))
     if command not in COMMANDS:
         print(f"onpolicy: error: unknown command {command!r}\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
+import trajectories
 import yaml
 
 from lightning_onpolicy._configs import config_root, list_configs
 from lightning_onpolicy.cli import main
+from lightning_onpolicy.datamodules.assets import resolve_asset
 
 ALL = list(list_configs())
 OVERLAYS = [name for name in ALL if "/with_" in name]
-QUICK = [name for name in ALL if name.startswith("quickstart/") and name not in OVERLAYS]
-LARGE = [name for name in ALL if not name.startswith("quickstart/")]
+READ = {name: yaml.safe_load((config_root() / f"{name}.yaml").read_text()) for name in ALL}
+# Others are for predict, test and reject; tests of what they configure run them.
+FITS = [
+    name
+    for name in ALL
+    if "train" in READ[name].get("data", {}).get("init_args", {})
+    or "path" in READ[name].get("data", {}).get("init_args", {})
+]
+QUICK = [name for name in FITS if name.startswith("quickstart/") and name not in OVERLAYS]
+LARGE = [name for name in FITS if not name.startswith("quickstart/")]
 # In place of the model that quickstart/calculator_sft makes; it never calls the tool, and so no group's rewards vary.
 MORE = {
     "quickstart/calculator": [
         "--model.init_args.student.path=onpolicy://quickstart/models/student",
         "--data.init_args.dynamic_sampling=null",
-    ]
+    ],
 }
 
 
@@ -40,13 +51,22 @@ def small(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a file of prompts and responses where quickstart/sft looks for one."""
+    """A working folder with what earlier stages would have made: answers, judgements, and judges."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "runs" / "teacher_answers.jsonl"
     file.parent.mkdir()
     file.write_text(
         "".join(json.dumps({"prompt": f"{i}+1+1=", "response": str(i + 2)}) + "\n" for i in range(8))
     )
+    judged = tmp_path / "runs" / "spct" / "trajectories.jsonl"
+    judged.parent.mkdir()
+    trajectories.write(judged, trajectories.lines(20, 3))
+    (judged.parent / "tuning.jsonl").write_text(file.read_text())
+    shutil.copy(resolve_asset("onpolicy://quickstart/judge_items.jsonl"), judged.parent / "items.jsonl")
+    for stage in ("spct_rft", "spct_rl"):
+        export = tmp_path / "runs" / stage / "export"
+        shutil.copytree(resolve_asset("onpolicy://quickstart/models/judge"), export)
+        (export / "onpolicy_export.json").write_text("{}")  # an export may be replaced by a later one
     return file
 
 
@@ -54,8 +74,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", QUICK)
 def test_quickstart_configurations_run_as_they_are(name: str, tmp_path: Path, answers: Path) -> None:
     flags = small(tmp_path)
-    config = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
-    if config["data"]["class_path"] == "PairDataModule":  # validates on pairs: nothing is sampled
+    if READ[name]["data"]["class_path"] in ("PairDataModule", "TrajectoryDataModule"):  # nothing is sampled
         flags = [flag for flag in flags if ".eval_" not in flag]
     main(["fit", "-c", name, *flags, *MORE.get(name, [])])
 
@@ -73,7 +92,7 @@ def test_other_configurations_run_on_stand_ins(
 ) -> None:
     """Model, teacher and prompts are replaced; everything else is the packaged file."""
     monkeypatch.chdir(tmp_path)
-    config: dict[str, Any] = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
+    config: dict[str, Any] = READ[name]
     student, teacher = (
         toys.save_model(tmp_path / n, seed=i, hidden=128) for i, n in enumerate(("student", "teacher"))
     )
@@ -81,7 +100,10 @@ def test_other_configurations_run_on_stand_ins(
     key, messages = named.get("prompt_key", "prompt"), named.get("messages_key")
     # What the rewards of every domain read, and an answer that a number at the response's end may hit.
     verified = {"domain": "stem", "answer": [str(digit) for digit in range(10)]}
-    rows: list[dict[str, Any]] = [{key: f"t{i} t{i + 1}", "response": "t3 t4", **verified} for i in range(8)]
+    judged = {"responses": ["t1", "t2 t3"], "labels": [0, 1]}
+    rows: list[dict[str, Any]] = [
+        {key: f"t{i} t{i + 1}", "response": "t3 t4", **verified, **judged} for i in range(8)
+    ]
     if messages:
         rows = [{messages: [{"role": "user", "content": f"t{i}"}]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +121,13 @@ def test_other_configurations_run_on_stand_ins(
     given, stood = config["data"]["init_args"], stand_in["data"]["init_args"]
     for split in {"train", "val"} & given.keys():
         stood[split] = {"class_path": "FileSource", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
-    stood["group_size"] = min(given["group_size"], 16)
+        if given[split]["class_path"] == "JudgeSource":
+            (tmp_path / "short.jinja").write_text("{% for r in responses %}{{ r }} {% endfor %}")
+            template = {"path": str(tmp_path / "short.jinja")}
+            stood[split]["class_path"] = "JudgeSource"
+            stood[split]["init_args"]["template"] = template
+    if "group_size" in given:
+        stood["group_size"] = min(given["group_size"], 16)
     for how in {"sampling", "eval_sampling"} & given.keys():
         stood[how] = {**given[how], "max_new_tokens": 8}
     overlay = tmp_path / "stand_in.yaml"

@@ -25,7 +25,7 @@ PRORL = ["brorl", "prorl_v1", "prorl_v2"]
 def packaged(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The model's arguments, the data's, and those of the callbacks by class."""
     config = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
-    assert config["model"]["class_path"] == "ProRLGRPO"
+    assert config["model"]["class_path"] == ("SPCTReward" if name.startswith("spct") else "ProRLGRPO")
     callbacks: dict[str, list[dict[str, Any]]] = {}
     for item in config["trainer"]["callbacks"]:
         callbacks.setdefault(item["class_path"], []).append(item.get("init_args", {}))

@@ -6,7 +6,6 @@ Legend: ``p`` sampled rows, ``q`` the teacher's; D the discriminator. Numbers ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,125 +13,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import toys
-from torch import Tensor
-from torch.utils.data import DataLoader
+from duels import LIMIT, TOKENIZER, Duels, Spy, copied, duel_batch, fit, gad, moved
 
-from lightning_onpolicy.datamodules.batch import Group, RolloutBatch, Sampling, collate
-from lightning_onpolicy.datamodules.given import text_completion
+from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.judged import PREFERRED, judged_batch, judged_items, rows_of_items
 from lightning_onpolicy.modules import GAD, GADGenerator
 from lightning_onpolicy.modules.gad_reward import AdversarialReward
 from lightning_onpolicy.modules.gad_stages import Gate, Replay, Warmup
-from lightning_onpolicy.modules.losses.settings import KLSpec
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.scalar import ScalarModel
 from lightning_onpolicy.modules.specs import LoraSpec
-
-TOKENIZER = toys.tokenizer()
-LIMIT = 6
-
-
-def duel_batch(seed: int = 0, groups: int = 3, size: int = 2) -> RolloutBatch:
-    """Sampled rows with texts that say what was sampled, a teacher's answer beside each group."""
-    batch = toys.batch(seed, groups=groups, size=size, max_response=LIMIT)
-    g = torch.Generator().manual_seed(1000 + seed)
-    own: dict[int, list[Any]] = {}
-    for i, group in enumerate(batch.group.tolist()):
-        ids = batch.input_ids[i][batch.response_mask[i]]
-        text = TOKENIZER.decode(ids)
-        logprobs = batch.sampler_logprobs[i][batch.response_mask[i]]
-        finish = "eos" if i % 3 else "length"
-        completion = dataclasses.replace(
-            text_completion(text, TOKENIZER, ids.tolist()), logprobs=logprobs, finish=finish, version=0
-        )
-        own.setdefault(group, []).append(completion)
-    prompts = [batch.prompts[batch.group.tolist().index(n)] for n in own]
-    taught = [
-        text_completion(
-            " ".join(f"t{n}" for n in torch.randint(0, 20, (3,), generator=g).tolist()), TOKENIZER
-        )
-        for _ in own
-    ]
-    mine = [Group(p, tuple(own[n])) for n, p in enumerate(prompts)]
-    theirs = [Group(p, (t,), on_policy=False) for p, t in zip(prompts, taught, strict=True)]
-    numbers = [*range(groups), *range(groups)]
-    none: list[list[float | None]] = [[None] * size] * groups + [[None]] * groups
-    return collate(mine + theirs, 20, rewards=none, sampling=Sampling(max_new_tokens=LIMIT), numbers=numbers)
-
-
-class Duels:
-    """A sized, resumable loader of such batches."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.done = count, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        while self.done < self.count:
-            self.done += 1
-            yield duel_batch(self.done)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
-
-
-def gad(policy: Any = None, **settings: Any) -> GAD:
-    base: dict[str, Any] = {
-        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
-        "discriminator_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2),
-        "head_std": 0.2,
-        "kl": KLSpec(0.05, gradient="forward"),
-    }
-    return GAD(policy or toys.policy(0, scale=2.0), **{**base, **settings})
-
-
-class Spy(pl.Callback):
-    """Keeps every step's metrics and batch, and writes a checkpoint after one of them."""
-
-    def __init__(self, path: Path | None = None, at: int = 0) -> None:
-        self.path, self.at = path, at
-        self.metrics: list[dict[str, float]] = []
-        self.batches: list[RolloutBatch] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.metrics.append(outputs["metrics"])
-        self.batches.append(outputs["batch"])
-        if self.path is not None and batch_idx == self.at:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(
-    module: pl.LightningModule, batches: Any, spy: pl.Callback | None = None, **options: Any
-) -> pl.Trainer:
-    run = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[spy] if spy else [],
-    )
-    loader = DataLoader(batches, batch_size=None) if isinstance(batches, list) else batches
-    run.fit(module, train_dataloaders=loader, **options)
-    return run
-
-
-def copied(module: Any) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def moved(before: dict[str, Tensor], module: Any) -> set[str]:
-    """Which of policy, discriminator, reference have changed."""
-    after = module.state_dict()
-    return {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
 
 
 def test_ten_batches_are_ten_global_steps_whoever_learns() -> None:

@@ -105,6 +105,8 @@ def test_every_recipe_is_there_with_its_numbers() -> None:
         "grpo": (0.2, 0.2, 0.04, "group_zscore", 16, 1, 1e-6, 1.0),
         "gad_paper": (0.2, 0.2, 1e-3, "group_zscore", 256, 1, 1e-6, 0.8),
         "gad_small": (0.2, 0.2, 1e-3, "group_zscore", 32, 1, 1e-5, 0.8),
+        "spct": (0.2, 0.2, 0.08, "group_zscore", 128, 1, 4e-7, 1.0),
+        "spct_16b": (0.2, 0.2, 0.002, "group_zscore", 128, 1, 4e-7, 1.0),
     }
     first = preset("prorl_v1")
     assert first.dynamic_sampling
@@ -121,7 +123,7 @@ def test_every_recipe_is_there_with_its_numbers() -> None:
     assert second.kl.gradient == "reverse"
     assert preset("dr_grpo").reduction == "constant"
     assert [name for name, p in PRESETS.items() if p.reset is None and not p.dynamic_sampling] == [
-        *("justrl", "dr_grpo", "grpo", "gad_paper", "gad_small")
+        *("justrl", "dr_grpo", "grpo", "gad_paper", "gad_small", "spct", "spct_16b")
     ]
     with pytest.raises(ValueError, match="recipe must be one of"):
         preset("prorl")

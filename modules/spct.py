@@ -1,0 +1,170 @@
+"""A generative judge: trained on its own judgements by a rule, and asked to score.
+
+Paper: SPCT (2504.02495). A policy reads a query with all its responses and writes principles, a critique and one score
+each. Its reward is +1 where the scores single out the best response and −1 otherwise (eq. 10, ``JudgementReward``);
+the rest is ProRLGRPO's machinery. Prompts come from ``JudgeSource`` through ``OnPolicyDataModule``.
+
+With ``JudgingDataModule``, ``predict`` scores files and ``test`` evaluates on benchmarks: k samples of each item in
+shuffled orders, summed, optionally those that a meta model prefers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_onpolicy.datamodules.batch import RolloutBatch, Sampling
+from lightning_onpolicy.datamodules.judging.backends import EngineBackend, JudgeBackend
+from lightning_onpolicy.datamodules.judging.cases import EvalCase
+from lightning_onpolicy.datamodules.judging.items import JudgeItem
+from lightning_onpolicy.datamodules.judging.judge import Judge
+from lightning_onpolicy.datamodules.judging.meta import MetaReading
+from lightning_onpolicy.datamodules.judging.module import ItemBatch
+from lightning_onpolicy.datamodules.judging.orders import OrderKind
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged
+from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
+from lightning_onpolicy.modules.grpo import ProRLGRPO
+from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.presets import PresetName
+from lightning_onpolicy.modules.specs import ModelSpec
+
+
+@dataclass(frozen=True)
+class JudgingSpec:
+    """How the judge is asked by ``predict`` and ``test``.
+
+    Args:
+        template: How an item becomes a prompt.
+        k: Samples per item.
+        k_meta: Of these, the ones that the meta model prefers; null: all vote. ``test`` makes tables of all.
+        order: ``shuffled``, ``rotated`` or ``fixed``.
+        sampling: How tokens are drawn.
+        chat_options: More arguments for the chat template.
+        seed: Of orders and sampling.
+        think_end: What ends the judge's thinking, which does not count; null, nothing does.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    template: JudgeTemplate = field(default_factory=JudgeTemplate)
+    k: int = 8
+    k_meta: int | None = None
+    order: OrderKind = "shuffled"
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, max_new_tokens=4096))
+    chat_options: Mapping[str, Any] | None = None
+    seed: int = 0
+    think_end: str | None = "</think>"
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or (self.k_meta is not None and not 1 <= self.k_meta <= self.k):
+            raise ValueError(f"judging needs k >= 1 and k_meta in [1, k], got {self.k} and {self.k_meta}.")
+
+
+class SPCTReward(ProRLGRPO):
+    """Train a generative judge, or ask one.
+
+    Args:
+        student: The judge: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
+        recipe: Name of the recipe that fills in what is not given (``modules/presets.py``).
+        judging: How it is asked by ``predict`` and ``test``.
+        meta: What ``MetaRewardModel`` exported: scores its judgements. Null: no meta model.
+        reading: How the meta model reads judgements; as in its training.
+        backend: Who is asked in the judge's place by ``predict`` and ``test``, e.g. a server.
+        **settings: Further settings of :class:`ProRLGRPO`.
+
+    Raises:
+        ValueError: If a setting is out of range or has no effect.
+    """
+
+    def __init__(
+        self,
+        student: str | ModelSpec | Policy,
+        recipe: PresetName = "spct",
+        judging: JudgingSpec | None = None,
+        meta: str | ModelSpec | None = None,
+        reading: MetaReading | None = None,
+        backend: JudgeBackend | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(student, recipe, **settings)
+        self.judging = judging or JudgingSpec()
+        if self.judging.k_meta is not None and meta is None:
+            raise ValueError("judging.k_meta says how many samples the meta model keeps: name one in meta.")
+        self.meta, self.reading, self.backend = meta, reading, backend
+        self._judge: Judge | None = None
+        self.save_hyperparameters({**self.hparams, "judging": dataclasses.asdict(self.judging)})
+
+    @property
+    def judge(self) -> Judge:
+        """The policy of the moment, or the backend, as a judge."""
+        if self._judge is None:
+            spec = self.judging
+            if self.backend is None and self.device_mesh is not None:
+                raise ValueError(
+                    "a sharded judge cannot score files: use one device or DDP, or name a server in backend."
+                )
+            scorer = (
+                None
+                if self.meta is None
+                else MetaRewardScorer(self.meta, self.reading, device=str(self.device))
+            )
+            chat = dict(spec.chat_options or {})
+            self._judge = Judge(
+                self.backend or EngineBackend(self.policy, spec.sampling, chat),
+                spec.template,
+                spec.k,
+                spec.order,
+                spec.seed,
+                spec.think_end,
+                scorer,
+            )
+        return self._judge
+
+    def predict_step(
+        self, batch: RolloutBatch | ItemBatch[JudgeItem], batch_idx: int
+    ) -> list[dict[str, Any]]:
+        """One row per item: its keys, ``scores`` (means over the samples that vote, or null), ``best``, ``samples``."""
+        if isinstance(batch, RolloutBatch):
+            return super().predict_step(batch, batch_idx)
+        return [
+            self._row(item, samples)
+            for item, samples in zip(batch, self.judge.judge(batch.items), strict=True)
+        ]
+
+    def _row(self, item: JudgeItem, samples: Sequence[JudgeSample]) -> dict[str, Any]:
+        scores, k_meta = [s.scores for s in samples], self.judging.k_meta
+        verdict = vote(scores) if k_meta is None else meta_vote(scores, [s.meta for s in samples], k_meta)
+        means = verdict.means
+        best = None
+        if means is not None and means.count(max(means)) == 1 and len(means) > 1:
+            best = means.index(max(means))
+        return {
+            **item.row,
+            "uid": item.uid,
+            "source": item.source,
+            "scores": means and list(means),
+            "best": best,
+            "voted": list(verdict.used),
+            "samples": [dataclasses.asdict(sample) for sample in samples],
+        }
+
+    def test_step(  # type: ignore[override]
+        self, batch: RolloutBatch | ItemBatch[EvalCase], batch_idx: int
+    ) -> dict[str, Any] | None:
+        """Benchmarks' items: ``{"judged": …}`` for ``JudgeReport``."""
+        if isinstance(batch, RolloutBatch):
+            super().test_step(batch, batch_idx)
+            return None
+        samples = self.judge.judge([case.item for case in batch])
+        found: list[JudgedItem] = [judged(case, said) for case, said in zip(batch, samples, strict=True)]
+        return {"judged": found}
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…`` of rollouts, if there were any."""
+        if self._tables is not None and self._tables.rollouts.update_called:
+            super().on_test_epoch_end()

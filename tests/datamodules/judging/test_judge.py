@@ -1,0 +1,176 @@
+"""The judge: orders, ways back, names that decide what is drawn, what could not be had, and models in this process.
+
+Legend: ``n`` responses, ``k`` samples.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import judges
+import pytest
+
+from lightning_onpolicy.datamodules.batch import Sampling
+from lightning_onpolicy.datamodules.judging.backends import (
+    CallableBackend,
+    EngineBackend,
+    JudgeBackend,
+    JudgeRequest,
+    Reply,
+)
+from lightning_onpolicy.datamodules.judging.items import JudgeItem
+from lightning_onpolicy.datamodules.judging.judge import Judge
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.records import JudgeSample
+from lightning_onpolicy.datamodules.judging.votes import vote
+
+
+class Recorder(JudgeBackend):
+    """Keeps what it was asked."""
+
+    remote = True
+
+    def __init__(self, function: object = judges.by_content) -> None:
+        self.inner = CallableBackend(function)  # type: ignore[arg-type]
+        self.requests: list[JudgeRequest] = []
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
+        self.requests += requests
+        return self.inner.complete(requests)
+
+
+def totals(judge: Judge, items: Sequence[JudgeItem]) -> list[tuple[int, ...] | None]:
+    return [vote([s.scores for s in samples]).sums for samples in judge.judge(items)]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "rotated", "fixed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_who_judges_by_content_gives_every_response_its_score_in_any_order(order: str, seed: int) -> None:
+    items = judges.items(6)
+    judge = Judge(CallableBackend(judges.by_content), k=4, order=order, seed=seed)  # type: ignore[arg-type]
+    assert totals(judge, items) == [tuple(4 * len(text) for text in item.responses) for item in items]
+
+
+def test_who_judges_by_slot_is_evened_out_by_rotations_and_by_nothing_in_place() -> None:
+    items = judges.items(4, n=3)
+    for order, expected in (("rotated", (48, 48, 48)), ("fixed", (60, 48, 36))):
+        judge = Judge(CallableBackend(judges.by_slot), k=6, order=order)  # type: ignore[arg-type]
+        assert totals(judge, items) == [expected] * 4
+
+
+def test_equal_orders_of_an_item_are_one_request_and_samples_keep_the_order_of_their_draw() -> None:
+    recorder = Recorder()
+    [samples] = Judge(recorder, k=12).judge(judges.items(1, n=2))
+    assert [request.n for request in recorder.requests] == [
+        sum(s.order == order for s in samples) for order in dict.fromkeys(s.order for s in samples)
+    ]
+    assert sum(request.n for request in recorder.requests) == 12
+    assert len({request.seed for request in recorder.requests}) == 2
+    [first] = Judge(recorder, k=5).judge(judges.items(1, n=2))
+    assert [s.order for s in first] == [s.order for s in samples[:5]]
+
+
+def test_what_is_drawn_for_an_item_does_not_depend_on_its_company() -> None:
+    items = judges.items(7)
+    judge = Judge(CallableBackend(judges.noisy(0.5)), k=3)
+    together = judge.judge(items)
+    assert judge.judge(items[::-1])[::-1] == together
+    assert [judge.judge([item])[0] for item in items] == together
+    assert judge.judge(items, visit=1) != together
+    assert Judge(CallableBackend(judges.noisy(0.5)), k=3, seed=1).judge(items) != together
+
+
+def test_the_hint_is_in_the_prompt_only_where_it_is_asked_for() -> None:
+    recorder, item = Recorder(), judges.items(1)[0]
+    judge = Judge(recorder, k=1)
+    [plain], [hinted] = judge.judge([item])[0], judge.judge([item], hinted=True)[0]
+    assert [" is the best." in request.prompt for request in recorder.requests] == [False, True]
+    slot = hinted.order.index(item.best) + 1
+    assert f"answer {slot} is the best." in recorder.requests[1].prompt
+    assert plain.scores == hinted.scores
+
+
+def test_a_judgement_that_could_not_be_had_or_read_has_no_scores() -> None:
+    answers = {0: None, 1: "no box", 2: "\\boxed{1}", 3: "\\boxed{1, 99}", 4: "\\boxed{1, 2}"}
+    item = JudgeItem(({"role": "user", "content": "?"},), ("a", "b"))
+    calls = iter(answers.values())
+    judge = Judge(CallableBackend(lambda prompt, seed: next(calls), threads=1), k=5, order="fixed")
+    [samples] = judge.judge([item])
+    assert [s.outcome for s in samples] == ["unanswered", "missing", "count", "range", "ok"]
+    assert vote([s.scores for s in samples]).sums == (1, 2)
+
+
+def test_a_function_that_hangs_costs_its_deadline_and_no_more() -> None:
+    forever, asked = threading.Event(), list[int]()
+
+    def judge(prompt: str, seed: int) -> str:
+        asked.append(seed)
+        if prompt == "hang":
+            forever.wait(60)
+        return prompt
+
+    backend = CallableBackend(judge, threads=2, deadline_s=0.5)
+    start = time.monotonic()
+    requests = [
+        JudgeRequest("hang", 1, 0),
+        JudgeRequest("a", 2, 1),
+        JudgeRequest("hang", 1, 5),
+        JudgeRequest("b", 1, 9),
+    ]
+    replies = backend.complete(requests)
+    assert time.monotonic() - start < 5
+    texts = [[None if r is None else r.text for r in group] for group in replies]
+    assert texts[0] == [None] and texts[1] == ["a", "a"] and texts[2] == [None] and texts[3] == [None]
+    forever.set()
+    time.sleep(0.1)
+    assert 9 not in asked  # whoever comes back late starts nothing more
+
+
+def test_an_error_of_the_function_is_the_callers() -> None:
+    def judge(prompt: str, seed: int) -> str:
+        raise ZeroDivisionError("my judge")
+
+    with pytest.raises(ZeroDivisionError, match="my judge"):
+        CallableBackend(judge).complete([JudgeRequest("a", 3, 0)])
+
+
+def test_a_meta_model_grades_what_could_be_read_and_nothing_else() -> None:
+    class Meta:
+        def score(self, items: Sequence[JudgeItem], samples: Sequence[JudgeSample]) -> list[float | None]:
+            assert all(s.scores is not None for s in samples)
+            return [
+                float(item.uid[4:]) + 0.1 * sample.scores[0]
+                for item, sample in zip(items, samples, strict=True)
+            ]  # type: ignore[index]
+
+    judge = Judge(CallableBackend(judges.noisy(0.5, readable=0.7)), k=8, meta=Meta())
+    judged = judge.judge(judges.items(4))
+    for number, samples in enumerate(judged):
+        for s in samples:
+            assert s.meta == (None if s.scores is None else number + 0.1 * s.scores[0])
+    assert any(s.meta is None for samples in judged for s in samples)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> JudgeTemplate:
+    """A short one: the tiny model has few positions."""
+    file: Path = tmp_path_factory.mktemp("templates") / "short.jinja"
+    file.write_text("{% for r in responses %}{{ r }} {{ tag }}\n{% endfor %}")
+    return JudgeTemplate(str(file))
+
+
+def test_a_model_in_this_process_draws_the_same_whatever_else_is_judged(template: JudgeTemplate) -> None:
+    backend = EngineBackend("onpolicy://quickstart/models/student", Sampling(max_new_tokens=6))
+    judge, items = Judge(backend, template, k=3), judges.items(5)
+    together = judge.judge(items)
+    assert [judge.judge([item])[0] for item in items[::-1]][::-1] == together
+    assert len({s.text for samples in together for s in samples}) > 5
+    backend.close()
+
+
+def test_k_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="k must be >= 1"):
+        Judge(CallableBackend(judges.by_content), k=0)

@@ -1,0 +1,150 @@
+"""Rejective fine-tuning: what is kept, that the hint is not, and runs that go on."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import judges
+import pytest
+
+from lightning_onpolicy.datamodules.judging.backends import CallableBackend
+from lightning_onpolicy.datamodules.judging.predicate import is_right
+from lightning_onpolicy.datamodules.judging.records import JudgeSample
+from lightning_onpolicy.datamodules.judging.reject import RejectSettings, main, reject
+from lightning_onpolicy.datamodules.judging.rejection import Counts, counted, is_easy, item_row, kept
+from lightning_onpolicy.datamodules.judging.source import read_items
+from lightning_onpolicy.datamodules.judging.trajectories import Trajectory
+
+RIGHT, WRONG = (3, 2, 1), (1, 2, 3)
+
+
+def group(*plain: bool, hinted: bool | None = None) -> list[Trajectory]:
+    """Judgements of one item: right or wrong, and perhaps one with a hint."""
+    item = judges.items(3)[2]  # its longest response comes first
+    all_of = [(right, False) for right in plain] + ([] if hinted is None else [(hinted, True)])
+    scores = {right: RIGHT if right else WRONG for right in (True, False)}
+    assert item.labels is not None and is_right(RIGHT, item.labels) and not is_right(WRONG, item.labels)
+    return [
+        Trajectory(item, JudgeSample((0, 1, 2), "ok", scores[right], text="text"), right, hint)
+        for right, hint in all_of
+    ]
+
+
+def test_wrong_ones_are_dropped_and_all_of_an_item_that_is_always_right() -> None:
+    assert [len(kept(group(*rights))) for rights in ([False] * 3, [True, False, False], [True] * 3)] == [
+        0,
+        1,
+        0,
+    ]
+    assert [is_easy(group(*rights)) for rights in ([False] * 3, [True, False], [True] * 3)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_one_with_a_hint_is_dropped_only_if_it_is_wrong() -> None:
+    for plain in ([False, False, False], [True, False, False], [True, True, True]):
+        assert [t.hinted for t in kept(group(*plain, hinted=True))].count(True) == 1
+        assert not any(t.hinted for t in kept(group(*plain, hinted=False)))
+
+
+def test_counts_add_up() -> None:
+    groups = [
+        group(True, False, False, hinted=True),
+        group(True, True, True, hinted=False),
+        group(False, False, False),
+    ]
+    assert sum((counted(g) for g in groups), Counts()) == Counts(
+        items=3, easy=1, never=1, judgements=9, right=4, unreadable=0, kept=1, hinted=2, hinted_kept=1
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(item_row(item)) + "\n" for item in judges.items(20)))
+    return path
+
+
+def settings(file: Path, **changes: Any) -> RejectSettings:
+    base: dict[str, Any] = {
+        "items": str(file),
+        "out": str(file.parent / "out"),
+        "backend": CallableBackend(judges.noisy(0.6, readable=0.9)),
+        "items_per_batch": 6,
+    }
+    return RejectSettings(**{**base, **changes})
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_files_hold_what_the_counts_say_and_never_the_hint(file: Path) -> None:
+    counts = reject(settings(file), io.StringIO())
+    out = file.parent / "out"
+    trajectories, tuning, hard = (rows(out, f"{name}.jsonl") for name in ("trajectories", "tuning", "items"))
+    assert counts.items == 20 and counts.judgements == 60 and counts.hinted == 20 and len(trajectories) == 80
+    assert len(tuning) == counts.kept + counts.hinted_kept and 0 < counts.kept < counts.right
+    assert len(hard) == counts.items - counts.easy and counts.easy > 0
+    assert any(row["hinted"] for row in tuning)
+    assert not any(
+        "For your information" in row["prompt"] or "is the best." in row["prompt"] for row in tuning
+    )
+    assert {item.uid for item in read_items(out / "items.jsonl", labelled=True)} == {
+        row["uid"] for row in hard
+    }
+    assert json.loads((out / "counts.json").read_text())["right"] == counts.right
+
+
+def test_a_run_that_was_killed_anywhere_goes_on_to_the_same_files(file: Path, tmp_path: Path) -> None:
+    reject(settings(file), io.StringIO())
+    whole = (file.parent / "out" / "trajectories.jsonl").read_bytes()
+    for size in (0, 10, len(whole) // 3, len(whole) - 1):
+        out = tmp_path / f"killed{size}"
+        reject(settings(file, out=str(out), limit=None), io.StringIO())
+        (out / "trajectories.jsonl").write_bytes(whole[:size])
+        said = io.StringIO()
+        reject(settings(file, out=str(out)), said)
+        assert (out / "trajectories.jsonl").read_bytes() == whole
+        assert (out / "tuning.jsonl").read_bytes() == (file.parent / "out" / "tuning.jsonl").read_bytes()
+    asked: list[str] = []
+
+    def judge(prompt: str, seed: int) -> str:
+        asked.append(prompt)
+        return ""
+
+    judge.__module__, judge.__qualname__ = judges.noisy.__module__, "noisy.<locals>.judge"
+    reject(settings(file, backend=CallableBackend(judge)), io.StringIO())
+    assert asked == []  # all is there: nobody is asked again
+
+
+def test_another_runs_folder_is_refused_with_the_setting_that_differs(file: Path) -> None:
+    reject(settings(file), io.StringIO())
+    with pytest.raises(ValueError, match="another run: samples differ"):
+        reject(settings(file, samples=5), io.StringIO())
+    with pytest.raises(ValueError, match="items differ"):
+        reject(settings(file, limit=3), io.StringIO())
+
+
+@pytest.mark.parametrize("key", ["samples", "items_per_batch", "limit"])
+def test_numbers_out_of_range_are_refused_by_name(file: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        settings(file, **{key: 0})
+
+
+def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = file.parent / "reject.yaml"
+    config.write_text(
+        f"items: {file}\nout: {file.parent / 'cli'}\nsamples: 2\nhinted: false\n"
+        "backend:\n  class_path: CallableBackend\n  init_args:\n    function: judges.by_content\n"
+    )
+    assert main(["-c", str(config)]) == 0
+    assert "40 of 40 judgements right" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["-c", str(config), "--sample", "3"])
+    assert stop.value.code == 2

@@ -1,0 +1,299 @@
+"""SPCTReward: trains on the rule, scores files, evaluates on benchmarks, through Trainer and command line.
+
+Legend: ``k`` samples, ``n`` responses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import judges
+import lightning.pytorch as pl
+import pytest
+import ranks_spct
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_onpolicy.callbacks.judge_report import JudgeReport
+from lightning_onpolicy.cli import main
+from lightning_onpolicy.datamodules.batch import Sampling
+from lightning_onpolicy.datamodules.judging.backends import CallableBackend
+from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.records import read_records
+from lightning_onpolicy.datamodules.judging.rejection import item_row
+from lightning_onpolicy.datamodules.judging.source import JudgeSource
+from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
+from lightning_onpolicy.datamodules.rewards.function import FunctionReward
+from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward, ReadableReward
+from lightning_onpolicy.modules.losses.advantages import advantages
+from lightning_onpolicy.modules.losses.settings import AdvantageSpec
+from lightning_onpolicy.modules.spct import JudgingSpec, SPCTReward
+
+BACKEND = '{"class_path": "CallableBackend", "init_args": {"function": "judges.by_content"}}'
+STUDENT = {"path": "onpolicy://quickstart/models/student", "dtype": "float32"}
+
+
+def trainer(folder: Path, **settings: Any) -> pl.Trainer:
+    base: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**{**base, **settings})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item_row(item)) + "\n" for item in judges.items(24)))
+    return path
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> JudgeTemplate:
+    """For a model of few positions, whose digits are scores by themselves."""
+    path = tmp_path / "short.jinja"
+    path.write_text("{% for r in responses %}{{ r }} {{ tag }}\n{% endfor %}")
+    return JudgeTemplate(str(path))
+
+
+def scripted(**settings: Any) -> SPCTReward:
+    backend = CallableBackend(judges.noisy(0.75, readable=0.9))
+    return SPCTReward(STUDENT, backend=backend, **settings)  # type: ignore[arg-type]
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["group_zscore", "mean_centred", "leave_one_out"])
+def test_plus_and_minus_one_and_one_and_zero_give_the_same_advantages(kind: str) -> None:
+    """Up to the scale where the standard deviation is not taken out."""
+    right = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 1])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    spec = AdvantageSpec(kind)  # type: ignore[arg-type]
+    plain, signed = (advantages(spec, r, group, torch.ones(8)) for r in (right, 2 * right - 1))
+    scale = 1.0 if kind == "group_zscore" else 2.0
+    torch.testing.assert_close(signed, scale * plain, atol=1e-4, rtol=1e-4)
+
+
+def fitted(
+    file: Path, short: JudgeTemplate, folder: Path, **settings: Any
+) -> tuple[SPCTReward, dict[str, float]]:
+    module = SPCTReward(
+        STUDENT,  # type: ignore[arg-type]
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
+    )
+    data = OnPolicyDataModule(
+        train=JudgeSource(file, short, orders_per_item=2),
+        prompts_per_batch=4,
+        group_size=4,
+        steps_per_epoch=2,
+        sampling=Sampling(max_new_tokens=8),
+        rewards={"right": JudgementReward(), "readable": ReadableReward()},
+        reward_weights={"readable": 0.0},
+    )
+    run = trainer(folder, **settings)
+    run.fit(module, data)
+    return module, {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def test_what_cannot_be_read_costs_one_in_training(file: Path, short: JudgeTemplate, tmp_path: Path) -> None:
+    module, metrics = fitted(file, short, tmp_path)
+    assert (
+        metrics["train/reward"] == -1
+        and metrics["train/reward/readable"] == 0
+        and metrics["train/scored"] == 1
+    )
+    assert module.recipe == "spct" and module.kl.coef == 0.08 and module.reduction == "sequence_mean"
+    assert metrics["train/constant_groups"] == 1  # all equal: nothing to learn from, and no NaN
+    assert all(bool(p.isfinite().all()) for p in module.policy.parameters())
+
+
+# -- scoring and evaluation ------------------------------------------------------------------------------------
+
+
+def test_predict_scores_files(file: Path, tmp_path: Path) -> None:
+    module = scripted(judging=JudgingSpec(k=9, seed=2))
+    run = trainer(tmp_path)
+    rows = [row for batch in run.predict(module, JudgingDataModule(predict=str(file))) or [] for row in batch]
+    assert [row["uid"] for row in rows] == [item.uid for item in judges.items(24)]
+    for row in rows:
+        read = [s["scores"] for s in row["samples"] if s["scores"] is not None]
+        assert len(row["samples"]) == 9 and row["voted"] == [
+            i for i, s in enumerate(row["samples"]) if s["scores"]
+        ]
+        assert row["scores"] == [sum(column) / len(read) for column in zip(*read, strict=True)]
+        assert row["labels"] and json.dumps(row)  # what the file had is still there, and it can be written
+    right = sum(row["best"] == max(range(3), key=row["labels"].__getitem__) for row in rows)
+    assert right >= 21
+
+
+def test_predict_has_null_where_nothing_could_be_read(file: Path, tmp_path: Path) -> None:
+    module = SPCTReward(STUDENT, backend=CallableBackend(lambda prompt, seed: "?"))  # type: ignore[arg-type]
+    run = trainer(tmp_path)
+    rows = [row for batch in run.predict(module, JudgingDataModule(predict=str(file))) or [] for row in batch]
+    assert all(row["scores"] is None and row["best"] is None and row["voted"] == [] for row in rows)
+
+
+def test_test_writes_records_tables_and_a_plot_of_every_k(file: Path, tmp_path: Path) -> None:
+    module = scripted(judging=JudgingSpec(k=16))
+    folder = tmp_path / "report"
+    run = trainer(tmp_path, callbacks=[JudgeReport(str(folder))])
+    [metrics] = run.test(module, JudgingDataModule(test={"items": str(file)}), verbose=False)
+    assert set(metrics) == {f"test/items/vote@{k}" for k in (1, 2, 4, 8, 16)}
+    assert metrics["test/items/vote@16"] > metrics["test/items/vote@1"]
+    records = read_records(folder / "records.jsonl")
+    assert len(records) == 24 and all(len(record.samples) == 16 for record in records)
+    assert len({sample.order for record in records for sample in record.samples}) == 6
+    assert {path.name for path in folder.iterdir()} == {
+        "records.jsonl",
+        "tables.txt",
+        "sweep.csv",
+        "accuracy.png",
+    }
+    assert (
+        "toy" in (folder / "tables.txt").read_text() and "random tie" in (folder / "tables.txt").read_text()
+    )
+    run.test(module, JudgingDataModule(test={"items": str(file)}), verbose=False)
+    assert (tmp_path / "report.previous1" / "records.jsonl").exists()  # an earlier evaluation is moved aside
+
+
+def test_the_policy_itself_judges_where_no_backend_is_named(
+    file: Path, short: JudgeTemplate, tmp_path: Path
+) -> None:
+    spec = JudgingSpec(template=short, k=2, sampling=Sampling(max_new_tokens=4))
+    module = SPCTReward(STUDENT, judging=spec)  # type: ignore[arg-type]
+    run = trainer(tmp_path)
+    data = JudgingDataModule(predict=str(file), limit=3)
+    rows = [row for batch in run.predict(module, data) or [] for row in batch]
+    assert len(rows) == 3 and any(s["text"] for row in rows for s in row["samples"])
+    again = [row for batch in trainer(tmp_path).predict(module, data) or [] for row in batch]
+    assert again == rows
+
+
+def test_a_number_of_kept_samples_needs_a_meta_model() -> None:
+    with pytest.raises(ValueError, match="name one in meta"):
+        scripted(judging=JudgingSpec(k=4, k_meta=2))
+    with pytest.raises(ValueError, match=r"k_meta in \[1, k\]"):
+        JudgingSpec(k=4, k_meta=5)
+
+
+def test_a_report_without_a_judge_says_what_goes_with_it(tmp_path: Path) -> None:
+    report = JudgeReport(str(tmp_path))
+    with pytest.raises(TypeError, match="goes with SPCTReward and JudgingDataModule"):
+        report.on_test_batch_end(trainer(tmp_path), scripted(), None, [], 0)
+
+
+def test_the_command_line_scores_a_file(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(
+        [
+            "predict",
+            "-c",
+            "spct_score",
+            f"--data.init_args.predict={file}",
+            "--model.init_args.student=onpolicy://quickstart/models/student",
+            f"--model.init_args.backend={BACKEND}",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            f"--completions.path={tmp_path / 'scores.jsonl'}",
+        ]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [row["best"] for row in rows] == [item.best for item in judges.items(24)]
+
+
+def test_the_command_line_evaluates(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(
+        [
+            "test",
+            "-c",
+            "spct_eval",
+            f'--data.init_args.test={{"items": "{file}"}}',
+            "--model.init_args.student=onpolicy://quickstart/models/student",
+            f"--model.init_args.backend={BACKEND}",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+        ]
+    )
+    assert (tmp_path / "runs" / "spct_eval" / "accuracy.png").stat().st_size > 1000
+
+
+# -- ranks and resume ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_judge_every_item_once_and_train_on_whole_groups(
+    file: Path, short: JudgeTemplate, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    ranks_spct.run(one, file, Path(short.path), "auto", 1)
+    script = Path(ranks_spct.__file__)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*command, str(script), str(two), str(file), short.path],
+        env={**env, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("records.jsonl", "sweep.csv", "tables.txt"):
+        assert (two / "report" / name).read_text() == (one / "report" / name).read_text(), name
+    ranks = [json.loads((two / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["metrics"]["train/scored"] == 1
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    file: Path, short: JudgeTemplate, tmp_path: Path
+) -> None:
+    def fit(folder: Path, epochs: int, ckpt: str | None = None) -> SPCTReward:
+        module = SPCTReward(STUDENT, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))  # type: ignore[arg-type]
+        data = OnPolicyDataModule(
+            train=JudgeSource(file, short, orders_per_item=2),
+            prompts_per_batch=3,
+            group_size=4,
+            steps_per_epoch=2,
+            sampling=Sampling(max_new_tokens=6),
+            rewards={"right": FunctionReward(lambda prompt, response: float(len(response) % 2))},
+        )
+        saving = ModelCheckpoint(dirpath=folder, save_last=True, every_n_epochs=1)
+        run = trainer(folder, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True)
+        run.fit(module, data, ckpt_path=ckpt)
+        return module
+
+    whole = fit(tmp_path / "whole", 2)
+    fit(tmp_path / "half", 1)
+    again = fit(tmp_path / "rest", 2, str(tmp_path / "half" / "last.ckpt"))
+    start = SPCTReward(STUDENT)  # type: ignore[arg-type]
+    start.configure_model()
+    before = start.policy.state_dict()
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, again.policy.state_dict()[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in whole.policy.state_dict().items())
