@@ -22,6 +22,7 @@ from step_sides import Repeated
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.phases import Phases
+from lightning_onpolicy.datamodules.precision import keep_batches
 
 PHASES = ("prepare", "discriminator", "update")  # scoring; the discriminator's update; the policy's
 WEIGHED = 2  # first steps, whose time is not counted: in the second both optimizers have their state
@@ -133,6 +134,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        keep_batches(trainer)
         trainer.fit(module, Repeated(build_rollouts(size), steps))
     return watch, meter
 

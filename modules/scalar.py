@@ -44,9 +44,11 @@ class ScalarHead(nn.Module):
         super().__init__()
         if std < 0:
             raise ValueError(f"std of a scalar head must be >= 0, got {std}.")
-        draw = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(seed))
-        self.weight = nn.Parameter(std * draw)
-        self.bias = nn.Parameter(torch.zeros(1))
+        # Type and device by name: Lightning builds models under those of the Trainer as defaults.
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.randn(1, hidden_size, generator=generator, device="cpu", dtype=torch.float32)
+        self.weight = nn.Parameter(std * draw.to(torch.get_default_device()))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
     def forward(self, hidden_KH: Tensor) -> Tensor:
         """``[K]`` float32."""

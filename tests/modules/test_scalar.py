@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
-from lightning_onpolicy.modules.scalar import HEAD_FILE, ScalarModel, pack_left
+from lightning_onpolicy.modules.scalar import HEAD_FILE, ScalarHead, ScalarModel, pack_left
 
 SCRIPT = Path(ranks_scalar.__file__)
 EOS, PAD = 22, 20
@@ -147,6 +147,21 @@ def test_the_head_starts_at_zero_or_small_by_its_own_seed() -> None:
     assert 0.01 < float(first.head.weight.detach().std()) < 0.03
     with pytest.raises(ValueError, match="std of a scalar head"):
         scalar(std=-1.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_head_is_float32_wherever_a_trainer_builds_it(device: str) -> None:
+    """Catches: bf16-true's default type; a CPU generator for a draw on the Trainer's device."""
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            head = ScalarHead(64, std=0.02)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    assert {p.device.type for p in head.parameters()} == {device}
+    if device != "meta":
+        assert torch.equal(head.weight.cpu(), ScalarHead(64, std=0.02).weight)
 
 
 @pytest.mark.parametrize("cast", ["body", "module", "autocast"])
