@@ -23,7 +23,7 @@ from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.module import ItemBatch
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
-from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
 from lightning_onpolicy.modules.grpo import ProRLGRPO
@@ -39,6 +39,7 @@ class JudgingSpec:
 
     Args:
         template: How an item becomes a prompt.
+        single: The same for items of one response, which are right or not (ReaLMistake's); its scores are 0 and 1.
         k: Samples per item.
         k_meta: Of these, the ones that the meta model prefers; null: all vote. ``test`` makes tables of all.
         order: ``shuffled``, ``rotated`` or ``fixed``.
@@ -52,6 +53,7 @@ class JudgingSpec:
     """
 
     template: JudgeTemplate = field(default_factory=JudgeTemplate)
+    single: JudgeTemplate = field(default_factory=lambda: JudgeTemplate(SINGLE, 0, 1))
     k: int = 8
     k_meta: int | None = None
     order: OrderKind = "shuffled"
@@ -122,6 +124,7 @@ class SPCTReward(ProRLGRPO):
                 spec.seed,
                 spec.think_end,
                 scorer,
+                spec.single,
             )
         return self._judge
 

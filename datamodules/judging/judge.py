@@ -33,6 +33,7 @@ class Judge:
     Args:
         backend: Who answers.
         template: How an item becomes a prompt.
+        single: The same for items of one response, which are right or not; None: ``template``.
         k: Judgements per item.
         order: ``shuffled``, ``rotated`` or ``fixed``.
         seed: Of orders and sampling.
@@ -52,11 +53,13 @@ class Judge:
         seed: int = 0,
         think_end: str | None = "</think>",
         meta: MetaScorer | None = None,
+        single: JudgeTemplate | None = None,
     ) -> None:
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}.")
         self.backend, self.template, self.k, self.order = backend, template or JudgeTemplate(), k, order
         self.seed, self.think_end, self.meta = seed, think_end, meta
+        self.single = single or self.template
 
     def judge(
         self, items: Sequence[JudgeItem], visit: int = 0, *, hinted: bool = False
@@ -75,7 +78,7 @@ class Judge:
             drawn.append(orders(len(item.responses), self.k, self.order, key))
             for order, count in Counter(drawn[-1]).items():
                 hint = best_hint(item, order) if hinted else None
-                prompt = self.template.render(item, order, hint)
+                prompt = self._template(len(order)).render(item, order, hint)
                 requests.append(JudgeRequest(prompt, count, _number(*key, order)))
         replies = iter(self.backend.complete(requests))
         judged = [tuple(self._in_turn(order_k, replies)) for order_k in drawn]
@@ -91,12 +94,15 @@ class Judge:
     def _sample(self, reply: Reply | None, order: tuple[int, ...]) -> JudgeSample:
         if reply is None:
             return JudgeSample(order, "unanswered")
-        low, high = self.template.low, self.template.high
+        low, high = self._template(len(order)).low, self._template(len(order)).high
         said = parse_scores(
             reply.text, len(order), low, high, finished=reply.finished, think_end=self.think_end
         )
         scores = None if said.scores is None else tuple(restored(said.scores, order))
         return JudgeSample(order, said.outcome, scores, None, reply.text)
+
+    def _template(self, n: int) -> JudgeTemplate:
+        return self.single if n == 1 else self.template
 
     def close(self) -> None:
         """Close the backend."""

@@ -17,12 +17,14 @@ import lightning.pytorch as pl
 import pytest
 import ranks_spct
 import torch
+from judged import GOOD, write_benchmark
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.cli import main
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.judging.backends import CallableBackend
+from lightning_onpolicy.datamodules.judging.formats import FORMATS
 from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import read_records
@@ -167,6 +169,28 @@ def test_test_writes_records_tables_and_a_plot_of_every_k(file: Path, tmp_path: 
     )
     run.test(module, JudgingDataModule(test={"items": str(file)}), verbose=False)
     assert (tmp_path / "report.previous1" / "records.jsonl").exists()  # an earlier evaluation is moved aside
+
+
+def test_every_benchmarks_format_goes_through_one_evaluation(tmp_path: Path) -> None:
+    """A judge that knows what is right gets everything right, single responses and ties included."""
+
+    def judge(prompt: str, seed: int) -> str:
+        texts = judges.shown(prompt)
+        if len(texts) == 1:
+            return f"\\boxed{{{int(texts[0].startswith(GOOD))}}}"
+        return f"\\boxed{{{', '.join('9' if text.startswith(GOOD) else '2' for text in texts)}}}"
+
+    files = {name: str(write_benchmark(tmp_path / name, name, 2)) for name in FORMATS}
+    module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=JudgingSpec(k=2, order="rotated"))  # type: ignore[arg-type]
+    folder = tmp_path / "report"
+    run = trainer(tmp_path, callbacks=[JudgeReport(str(folder), plot=False)])
+    [metrics] = run.test(module, JudgingDataModule(test=files), verbose=False)
+    assert {name.split("/")[1] for name in metrics} == set(FORMATS)
+    for name in FORMATS:
+        assert metrics[f"test/{name}/vote@2"] == pytest.approx(1.0, abs=0.011), name  # Ties end in 0.01 tanh
+    assert all(
+        sample.outcome == "ok" for item in read_records(folder / "records.jsonl") for sample in item.samples
+    )
 
 
 def test_the_policy_itself_judges_where_no_backend_is_named(
