@@ -39,7 +39,7 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 RECIPE = Recipe("judge", 4, 128, 256, steps=360, seed=0, noisy_steps=80, batch=64, positions=POSITIONS)
 WRONG = 0.2  # chance that a mark is turned
 HINTED = 0.2  # share of items, among the noisy ones, whose prompt says which answer is the best
-MAX_JUDGEMENT_TOKENS = 112
+MAX_JUDGEMENT_TOKENS = 128
 
 CARD = """---
 library_name: transformers
