@@ -21,7 +21,7 @@ class FrozenScalar:
     Args:
         model: What ``save_pretrained`` of a :class:`ScalarModel` wrote, or a live one.
         micro_batch_tokens: Positions (rows × longest row) per forward pass.
-        device: Where to score; null takes CUDA where there is, or else the CPU.
+        device: Where to score; null takes the rank's CUDA device where there is one, or else the CPU.
     """
 
     def __init__(
@@ -32,19 +32,25 @@ class FrozenScalar:
     ) -> None:
         self.model = model if isinstance(model, ScalarModel) else ScalarModel.from_pretrained(model)
         self.model.requires_grad_(False)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        self.model.to(self.device)
+        self._device, self._placed = device, False
         self.budget = micro_batch_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where it scores; chosen when it is first asked: by then a Trainer has given each rank its GPU."""
+        if not self._placed:
+            name = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self._device, self._placed = name, True
+            self.model.to(torch.device(name))
+        return torch.device(str(self._device))
 
     @torch.no_grad()
     def of_rows(self, rows: RolloutBatch) -> list[float]:
         """One score per row."""
-        scores = torch.zeros(len(rows))
+        scores, device = torch.zeros(len(rows)), self.device
         with eval_mode(self.model):
             for piece in cut_micro_batches(rows.lengths.tolist(), self.budget):
-                micro = rows.select(piece).to(self.device)
+                micro = rows.select(piece).to(device)
                 scores[piece] = self.model.scores(micro.input_ids, micro.attention_mask).cpu()
         return scores.tolist()
 
