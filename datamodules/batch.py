@@ -84,6 +84,7 @@ class Prompt:
         row: The source row (question, answer, metadata, …): what a reward needs to score a response.
         uid: Stable name of the item, unique within its source.
         source: Name of the source, e.g. the reasoning-gym task; metrics are also reported per source.
+        place: Where its row is, if the source says so: a file and its line.
     """
 
     ids: tuple[int, ...]
@@ -91,6 +92,12 @@ class Prompt:
     row: Mapping[str, Any] = field(default_factory=dict)
     uid: str = ""
     source: str = ""
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        """What to call its row in errors."""
+        return f"row {self.uid!r}" + (f" ({self.place})" if self.place else "")
 
     @property
     def domain(self) -> str:

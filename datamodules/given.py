@@ -29,12 +29,12 @@ def given_weights(prompt: Prompt, count: int, key: str) -> list[float]:
     value: Any = prompt.row.get(key)
     values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
-        raise ValueError(f"row {prompt.uid!r}: {count} responses, but {len(values)} entries in {key!r}.")
+        raise ValueError(f"{prompt.where}: {count} responses, but {len(values)} entries in {key!r}.")
     for weight in values:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight < 0:
             raise ValueError(
-                f"row {prompt.uid!r}: {key!r} (weight_key) must hold finite numbers >= 0, got {value!r}."
+                f"{prompt.where}: {key!r} (weight_key) must hold finite numbers >= 0, got {value!r}."
             )
     return [float(weight) for weight in values]
 
@@ -57,30 +57,28 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     texts, ids, mask = (row.get(key) for key in (response_key, "response_ids", "response_mask"))
     if ids is not None and (texts is None or mask is not None):
         if not len(ids):
-            raise ValueError(f"row {prompt.uid!r}: 'response_ids' is empty.")
+            raise ValueError(f"{prompt.where}: 'response_ids' is empty.")
         if mask is not None and len(mask) != len(ids):
             raise ValueError(
-                f"row {prompt.uid!r}: 'response_mask' has {len(mask)} values for {len(ids)} 'response_ids'."
+                f"{prompt.where}: 'response_mask' has {len(mask)} values for {len(ids)} 'response_ids'."
             )
         text = tokenizer.decode(ids, skip_special_tokens=True)
         completions = [text_completion(text, tokenizer, ids=ids, written=mask)]
     elif isinstance(texts, list | tuple) and texts and all(isinstance(t, Mapping) for t in texts):
-        completions = [turns_completion(texts, tokenizer, f"row {prompt.uid!r}: {response_key!r}")]
+        completions = [turns_completion(texts, tokenizer, f"{prompt.where}: {response_key!r}")]
     else:
         if texts is None:
             known = sorted(key for key, value in row.items() if value is not None)
-            raise ValueError(
-                f"row {prompt.uid!r} has no response: key {response_key!r} is not among {known}."
-            )
+            raise ValueError(f"{prompt.where} has no response: key {response_key!r} is not among {known}.")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError(
-                f"row {prompt.uid!r}: {response_key!r} must be a non-empty string or a list of them."
+                f"{prompt.where}: {response_key!r} must be a non-empty string or a list of them."
             )
         reasons = row.get("finish_reasons") or [None] * len(texts)
         if len(reasons) != len(texts):
             raise ValueError(
-                f"row {prompt.uid!r}: {len(texts)} responses, but {len(reasons)} entries in 'finish_reasons'."
+                f"{prompt.where}: {len(texts)} responses, but {len(reasons)} entries in 'finish_reasons'."
             )
         completions = [
             text_completion(t, tokenizer, cut=r == "length") for t, r in zip(texts, reasons, strict=True)
@@ -88,7 +86,7 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     for c in completions:
         if max_response_tokens is not None and c.tokens > max_response_tokens:
             raise ValueError(
-                f"row {prompt.uid!r}: a response has {c.tokens} tokens, max_response_tokens is "
+                f"{prompt.where}: a response has {c.tokens} tokens, max_response_tokens is "
                 f"{max_response_tokens}. Raise it or shorten the data; nothing is cut silently."
             )
     return Group(prompt, tuple(completions), on_policy=False)

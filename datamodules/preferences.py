@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch, Sampling
@@ -22,14 +22,16 @@ def preference_rows(
     """A group per prompt: the chosen answers (``extra["preferred"]``) and the rejected ones.
 
     Args:
-        prompts: Their rows hold a string or a list of strings under both keys.
+        prompts: Their rows hold a string, a list of strings, or a conversation that ends with the answer, under both
+            keys.
         tokenizer: Encodes them; each is closed by its EOS.
         chosen_key: Key of what is preferred.
         rejected_key: Key of what is not.
         limit: Most tokens of an answer; longer ones are cut, without EOS, on both sides alike.
 
     Raises:
-        ValueError: If a row lacks one; the message names row and key.
+        ValueError: If a row lacks one, or a conversation does not continue the row's prompt; the message names row,
+            file and line, and key.
     """
     rows = [
         (prompt, text, key == chosen_key, number)
@@ -54,14 +56,34 @@ def preference_rows(
 
 def _texts(prompt: Prompt, key: str) -> list[str]:
     value = prompt.row.get(key)
+    if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
+        return [_last_turn(prompt, key, value)]
     texts = [value] if isinstance(value, str) else list(value or ())
     if not texts or not all(isinstance(text, str) for text in texts):
         known = sorted(k for k, v in prompt.row.items() if v is not None)
         raise ValueError(
-            f"row {prompt.uid!r} has no answer under {key!r}; it has {known}. Name the keys with chosen_key and "
+            f"{prompt.where} has no answer under {key!r}; it has {known}. Name the keys with chosen_key and "
             "rejected_key."
         )
     return texts
+
+
+def _last_turn(prompt: Prompt, key: str, turns: Sequence[Mapping[str, Any]]) -> str:
+    """The answer that a conversation ends with; what comes before it is the prompt's, or left out."""
+    said = [(turn.get("role"), turn.get("content")) for turn in turns]
+    if said[-1][0] != "assistant" or not isinstance(said[-1][1], str):
+        raise ValueError(
+            f"{prompt.where}: the conversation under {key!r} must end with a text by the assistant, "
+            f"got {turns[-1]!r:.80}."
+        )
+    row = prompt.row
+    asked = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+    if said[:-1] and said[:-1] != [(turn["role"], turn["content"]) for turn in asked]:
+        raise ValueError(
+            f"{prompt.where}: the conversation under {key!r} does not continue the row's prompt: it has "
+            f"{said[:-1]!r:.160}."
+        )
+    return str(said[-1][1])
 
 
 class PreferenceLoader(StreamLoader):

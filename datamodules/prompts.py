@@ -146,13 +146,17 @@ class PromptStream(Iterator[Prompt]):
         name = _name_of(self.source)
         own = raw.get("uid") if isinstance(raw, Mapping) else None  # tables keep absent values as None
         uid = f"{name}/{index}" if own is None else str(own)
+        place_of = getattr(self.source, "place", None)
+        place = "" if place_of is None else str(place_of(index))
         row = canonical(raw, PLAIN, f"row {uid!r}")
         text = self._render(row, uid)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=not self.chat))
         if not ids:
             raise ValueError(f"row {uid!r}: the prompt {text!r} encodes to no tokens.")
         source = row.get("source")
-        return Prompt(ids, text, row=row, uid=uid, source=name if source is None else str(source))
+        return Prompt(
+            ids, text, row=row, uid=uid, source=name if source is None else str(source), place=place
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands (the same on all ranks) and what it must be compared with on loading."""
@@ -203,7 +207,7 @@ class PromptStream(Iterator[Prompt]):
     def _require_fit(self, prompt: Prompt) -> None:
         if not self._fits(prompt):
             raise ValueError(
-                f"row {prompt.uid!r}: the prompt has {len(prompt.ids)} tokens, max_prompt_tokens is "
+                f"{prompt.where}: the prompt has {len(prompt.ids)} tokens, max_prompt_tokens is "
                 f"{self.max_prompt_tokens}. Raise it, or set overlong: skip."
             )
 

@@ -18,8 +18,9 @@ Row = Mapping[str, Any]
 class Source(Protocol):
     """Rows by number: equal numbers, equal rows. A list of dicts is one, so is a ``datasets.Dataset``.
 
-    A source may have a ``name``, used for prompts whose row does not say its ``source``. For the command
-    line, give the methods of your own sources exactly these annotations.
+    A source may have a ``name``, used for prompts whose row does not say its ``source``, and a method ``place``, from
+    a row's number to its file and line, for errors. For the command line, give the methods of your own sources exactly
+    these annotations.
     """
 
     def __len__(self) -> int:

@@ -43,13 +43,19 @@ class FileSource(Source):
         file = resolve_asset(path)
         keys = RowKeys(prompt_key, messages_key, response_key, answer_key)
         self.name = name or file.stem
-        self._rows = [canonical(row, keys, where) for where, row in read_rows(file)]
+        read = read_rows(file)
+        self._rows = [canonical(row, keys, where) for where, row in read]
+        self._places = [where for where, _ in read]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
+
+    def place(self, index: int) -> str:
+        """File and line of row ``index``."""
+        return self._places[index]
 
 
 def read_rows(file: Path) -> list[tuple[str, Any]]:

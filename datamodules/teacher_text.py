@@ -70,21 +70,23 @@ class TeacherTextSource(FileSource):
         wanted = {"truncated": truncated == "keep", "refused": refused == "keep", "empty": False}
         self.left_out: Counter[str] = Counter()
         rows: list[dict[str, Any]] = []
-        for i, row in enumerate(self._rows):
-            columns = answers_of(row, f"{path} row {i}")
+        places: list[str] = []
+        for row, place in zip(self._rows, self._places, strict=True):
+            columns = answers_of(row, place)
             reasons = [
                 reason_to_leave_out(columns, k, wanted, pattern) for k in range(len(columns["response"]))
             ]
             self.left_out.update(reason for reason in reasons if reason)
             kept = [k for k, reason in enumerate(reasons) if not reason]
             if kept:
+                places.append(place)
                 rest = {key: value for key, value in row.items() if key not in ("responses", "finish_reason")}
                 rows.append({**rest, **{name: [column[k] for k in kept] for name, column in columns.items()}})
         self.answers = sum(len(row["response"]) for row in rows)
         self.rows_left_out = len(self._rows) - len(rows)
         if self._rows and not rows:
             raise ValueError(f"{path}: no answer is left; left out were {dict(self.left_out)}.")
-        self._rows = rows
+        self._rows, self._places = rows, places
         if self.left_out:
             self._say(path)
 

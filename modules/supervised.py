@@ -32,6 +32,8 @@ class SupervisedFineTune(OnPolicyModule):
         loop: How a batch becomes optimizer steps.
     """
 
+    weighs_rows = True
+
     def __init__(
         self,
         student: str | ModelSpec | Policy,
@@ -62,6 +64,7 @@ def imitation_loss(
 
     Rows may have weights w (``extra["weight"]``): Σ_i w_i Σ_t nll_it / Σ_i w_i T_i with ``token_mean``, and likewise
     with the others; a row of weight 2 is that row twice, one of weight 0 is not there. ``counts`` has weighted sums.
+    Only the loss is weighted: ``nll`` and ``entropy`` are means over all tokens.
     """
     stats = policy(
         micro.input_ids,

@@ -61,6 +61,9 @@ class UpdateLoop(pl.LightningModule):
     """Mixin of :class:`OnPolicyModule`: minibatches, micro-batches, global counts, clipping, steps, schedules."""
 
     loop: LoopSpec
+    weighs_rows = (
+        False  # whether the loss reads the rows' weights, which the counts it is divided by have in them
+    )
 
     def with_schedule(
         self, model: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
@@ -105,13 +108,18 @@ class UpdateLoop(pl.LightningModule):
             The number of steps taken.
 
         Raises:
-            ValueError: If no rank has a token to train on.
+            ValueError: If no rank has a token to train on, or rows have weights that the loss does not read.
             FloatingPointError: If a gradient is not finite; that step is not taken.
         """
+        if WEIGHT in batch.extra and not self.weighs_rows:
+            raise ValueError(
+                f"{type(self).__name__} does not weigh rows: set data.weight_key to null, or train with "
+                "SupervisedFineTune."
+            )
         if self._counts(batch).tokens == 0:
             raise ValueError(
                 f"step {self.trainer.global_step}: no trainable token in the batch on any rank. Responses are empty "
-                "or everything is masked: check sampling.max_new_tokens and the prompts' length."
+                "or everything is masked: check sampling.max_new_tokens, the prompts' length, and weights of 0."
             )
         steps = 0
         for _ in range(loop.updates):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import toys
 
 from lightning_onpolicy.datamodules import PairDataModule
-from lightning_onpolicy.datamodules.batch import Prompt
+from lightning_onpolicy.datamodules.batch import Prompt, RolloutBatch
 from lightning_onpolicy.datamodules.judged import PREFERRED
 from lightning_onpolicy.datamodules.preferences import preference_rows
+from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.sources import FileSource
 
 TOKENIZER = toys.tokenizer()
 EOS = 22
@@ -48,6 +53,75 @@ def test_a_row_without_an_answer_is_named(bad: Any) -> None:
     row = {"chosen": "t1"} if bad == "absent" else {"chosen": "t1", "rejected": bad}
     with pytest.raises(ValueError, match=r"row 'p9' has no answer under 'rejected'.*rejected_key"):
         preference_rows([Prompt((3,), "t3", row, "p9")], TOKENIZER, "chosen", "rejected", None)
+
+
+ASKED = [
+    {"role": "system", "content": "t9"},
+    {"role": "user", "content": "t1"},
+    {"role": "assistant", "content": "t2"},
+    {"role": "user", "content": "t3"},
+]
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def from_file(folder: Path, *rows: dict[str, Any]) -> RolloutBatch:
+    """The batch of a file's rows, as the loaders make it."""
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = PromptStream(FileSource(file), TOKENIZER, shuffle=False)
+    return preference_rows(stream.take(len(rows)), TOKENIZER, "chosen", "rejected", None)
+
+
+def test_one_pair_in_any_form_is_one_batch(tmp_path: Path) -> None:
+    """A prompt or a conversation of one turn; answers as texts, lists, turns, or conversations with the prompt's."""
+    user = [{"role": "user", "content": "t3 t4"}]
+    forms = [
+        {"prompt": "t3 t4", "chosen": "t5", "rejected": "t6 t7"},
+        {"messages": user, "chosen": ["t5"], "rejected": ["t6 t7"]},
+        {"prompt": "t3 t4", "chosen": [said("t5")], "rejected": [said("t6 t7")]},
+        {"prompt": "t3 t4", "chosen": [*user, said("t5")], "rejected": [*user, said("t6 t7")]},
+        {"messages": user, "chosen": [*user, said("t5")], "rejected": "t6 t7"},
+    ]
+    whole = from_file(tmp_path, *forms)
+    first = whole.select([0, 1])
+    for i in range(len(forms)):
+        batch = whole.select([2 * i, 2 * i + 1])
+        for name in ("input_ids", "attention_mask", "response_mask"):
+            assert torch.equal(getattr(batch, name), getattr(first, name)), (i, name)
+        assert batch.extra[PREFERRED].tolist() == [True, False]
+
+
+def test_a_conversation_is_the_prompt_as_a_whole(tmp_path: Path) -> None:
+    """Catches: only the last question asked, earlier answers of the assistant trained on."""
+    row = {"messages": ASKED, "chosen": [*ASKED, said("t5")], "rejected": [*ASKED, said("t6 t7")]}
+    batch = from_file(tmp_path, row)
+    prompt = TOKENIZER.encode(
+        TOKENIZER.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    )
+    for i, answer in enumerate(([5, EOS], [6, 7, EOS])):
+        ids = batch.input_ids[i][batch.attention_mask[i]].tolist()
+        assert ids == [*prompt, *answer]
+        assert batch.input_ids[i][batch.response_mask[i]].tolist() == answer
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ({"chosen": "t1"}, "no answer under 'rejected'"),
+        ({"chosen": "t1", "rejected": [1, 2]}, "no answer under 'rejected'"),
+        ({"chosen": [{"role": "user", "content": "t2"}], "rejected": "t1"}, "'chosen' must end with a text by the a"),
+        ({"chosen": [*ASKED, said("t5")], "rejected": "t1"}, "'chosen' does not continue the row's prompt"),
+    ],
+)  # fmt: skip
+def test_the_file_and_line_of_an_unusable_pair_are_named(
+    tmp_path: Path, bad: dict[str, Any], named: str
+) -> None:
+    good = {"prompt": "t3", "chosen": "t1", "rejected": "t2"}
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl line 2\).*{named}"):
+        from_file(tmp_path, good, {"prompt": "t3", **bad})
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -102,7 +102,9 @@ def test_an_answer_that_was_cut_has_no_end(tmp_path: Path) -> None:
         assert [c.ids.tolist() for c in group.completions] == [[3, 4, 22], [5], [6, 22]]
         assert [c.finish for c in group.completions] == ["eos", "length", "eos"]
     row = {**ROWS[0], "finish_reasons": ["stop"]}
-    with pytest.raises(ValueError, match="row '0': 3 responses, but 1 entries in 'finish_reasons'"):
+    with pytest.raises(
+        ValueError, match=r"row '0' \(.*line 1\): 3 responses, but 1 entries in 'finish_reasons'"
+    ):
         source = FileSource(write(tmp_path, [row]), response_key="responses")
         given_group(PromptStream(source, TOKENIZER).encode(0), TOKENIZER, "response", None)
 
@@ -128,7 +130,7 @@ def test_files_that_others_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"prompt": "t1"}, "row 0: neither 'responses' nor 'response'"),
+        ({"prompt": "t1"}, "line 1: neither 'responses' nor 'response'"),
         ({"prompt": "t1", "responses": []}, "a string or a list"),
         ({"prompt": "t1", "responses": [1]}, "a string or a list"),
         (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lightning_onpolicy.datamodules.judged import PREFERRED
 from lightning_onpolicy.datamodules.preferences import preference_rows
 from lightning_onpolicy.modules import PreferenceTune
 from lightning_onpolicy.modules.onpolicy import LoopSpec
+from lightning_onpolicy.modules.outcome import Counts
 from lightning_onpolicy.modules.policy import Policy
 
 ROWS = [
@@ -94,3 +97,94 @@ def test_what_makes_no_sense_is_refused() -> None:
         PreferenceTune(toys.policy(0), beta=0.0)
     with pytest.raises(ValueError, match=r"smoothing in \[0, 0\.5\)"):
         PreferenceTune(toys.policy(0), smoothing=0.5)
+
+
+class Said(torch.nn.Module):
+    """A policy of which only the log-probabilities are given, in place of a model."""
+
+    def __init__(self, *logp: float) -> None:
+        super().__init__()
+        self.logp = torch.nn.Parameter(torch.tensor(logp))
+
+    def forward(self, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(logp=self.logp, entropy=torch.zeros_like(self.logp))
+
+
+def test_two_rows_by_hand() -> None:
+    """log π: −1, −0.5, −0.25 against −2, −0.5; log ref: −1.5, −0.5, −0.5 against −1.5, −0.25; β = 0.4.
+
+    Δ = 0.4 · ((−1.75 + 2.5) − (−2.5 + 1.75)) = 0.6; the loss is log(1 + e^−0.6), its gradient ∓ 0.4 / (1 + e^0.6) for
+    every token. Catches: means over tokens, which give Δ = 0.25.
+    """
+    prompt = Prompt((1,), "t1", {"chosen": "t1 t2", "rejected": "t3"}, "p")
+    batch = preference_rows([prompt], TOKENIZER, "chosen", "rejected", None)
+    ref_BT = torch.tensor([[0.0, -1.5, -0.5, -0.5], [0.0, -1.5, -0.25, 0.0]])
+    module = PreferenceTune(toys.policy(0), beta=0.4)
+    said = Said(-1.0, -0.5, -0.25, -2.0, -0.5)
+    module.policy = said  # type: ignore[assignment]
+    out = module.loss(batch.with_extra(logp_ref=ref_BT), Counts(tokens=5, sequences=2, compared=1))
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-0.6)), rel=1e-6)
+    share = 0.4 / (1 + math.exp(0.6))
+    assert said.logp.grad is not None
+    torch.testing.assert_close(said.logp.grad, share * torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0]))
+    assert out.means["margin"].tolist() == pytest.approx([0.6]) and out.means["accuracy"].tolist() == [1.0]
+    assert out.means["nll"].tolist() == [1.0, 0.5, 0.25], "of the preferred side"
+
+
+def test_the_reference_is_where_the_policy_started() -> None:
+    """Catches: a reference that follows the policy, or is trained with it."""
+    module, spy = tune(), Spy()
+    start = toys.policy(0, scale=2.0).state_dict()
+    run = fit(module, [pairs()] * 4, spy)
+    assert module.reference is not None and not any(p.requires_grad for p in module.reference.parameters())
+    trained = {id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in module.policy.parameters()}
+    batch = pairs()
+    again = PreferenceTune(toys.policy(0, scale=2.0), beta=BETA)
+    again.configure_model()
+    assert again.reference is not None
+    told, kept = (
+        m.reference.logp(m.policy, batch.input_ids, batch.response_mask, 1.0)  # type: ignore[union-attr]
+        for m in (again, module)
+    )
+    assert torch.equal(told, kept)
+    moved = [
+        name for name, value in module.policy.state_dict().items() if not torch.equal(value, start[name])
+    ]
+    assert moved
+    margins = [metrics["train/margin"] for metrics in spy.metrics]
+    assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.01
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_neither_padding_nor_order_shows(order: list[int]) -> None:
+    """Columns of padding, with ids that mean something, and prompts in another order. Catches: a sum over padding."""
+    batch = pairs()
+    rows = [i for number in order for i, group in enumerate(batch.group.tolist()) if group == number]
+    wide = padded(batch.select(rows), 5)
+    assert wide.input_ids.shape[1] == batch.input_ids.shape[1] + 5
+    plain, other = tune(), tune()
+    seen, found = Spy(), Spy()
+    fit(plain, [batch, batch], seen)
+    fit(other, [wide, wide], found)
+    for a, b in zip(seen.metrics, found.metrics, strict=True):
+        for name in ("train/loss", "train/margin", "train/accuracy", "train/nll", "train/grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7), name
+    for name, value in plain.policy.state_dict().items():
+        torch.testing.assert_close(other.policy.state_dict()[name], value, atol=2e-6, rtol=2e-5, msg=name)
+
+
+def padded(batch: RolloutBatch, columns: int) -> RolloutBatch:
+    """More columns on the right: masks are False there, ids are t3's."""
+
+    def wider(value_BT: torch.Tensor, fill: float) -> torch.Tensor:
+        return torch.nn.functional.pad(value_BT, (0, columns), value=fill)
+
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.where(wider(batch.attention_mask, False), wider(batch.input_ids, 3), torch.tensor(3)),
+        attention_mask=wider(batch.attention_mask, False),
+        response_mask=wider(batch.response_mask, False),
+        sampler_logprobs=wider(batch.sampler_logprobs, 0.0),
+    )

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 
 from lightning_onpolicy.datamodules.given import WEIGHT
 from lightning_onpolicy.datamodules.prompts import PromptStream
+from lightning_onpolicy.datamodules.sources import FileSource
 from lightning_onpolicy.datamodules.supervised import SupervisedLoader
 from lightning_onpolicy.datamodules.teacher_text import TeacherTextSource
+from lightning_onpolicy.modules.distill import OnPolicyDistill
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.supervised import SupervisedFineTune
 
@@ -43,13 +45,13 @@ def loader(weights: Any, answers: list[str] = ANSWERS, key: str | None = "weight
 
 
 def trained(
-    data: SupervisedLoader, reduction: str = "token_mean", micro: int = 10_000
+    data: SupervisedLoader, reduction: str = "token_mean", micro: int = 10_000, minibatches: int = 1
 ) -> tuple[dict[str, Any], dict]:
     module = SupervisedFineTune(
         toys.policy(0, scale=2.0),
         reduction=reduction,  # type: ignore[arg-type]
         optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
-        loop=LoopSpec(max_grad_norm=None, micro_batch_tokens=micro),
+        loop=LoopSpec(max_grad_norm=None, micro_batch_tokens=micro, minibatches=minibatches),
     )
     metrics = fit(module, list(data))
     return {name: value.clone() for name, value in module.policy.state_dict().items()}, metrics
@@ -94,6 +96,40 @@ def test_a_batch_in_which_nothing_counts_is_refused() -> None:
 
 def test_one_number_is_for_all_of_a_rows_responses() -> None:
     assert next(iter(loader(0.5))).extra[WEIGHT].tolist() == [0.5] * 4
+
+
+def test_methods_that_do_not_weigh_rows_refuse_them() -> None:
+    """Catches: counts with weights under a loss without."""
+    module = OnPolicyDistill(toys.policy(0), toys.policy(1))
+    with pytest.raises(ValueError, match="OnPolicyDistill does not weigh rows: set data"):
+        fit(module, list(loader([1, 2, 1, 1])))
+
+
+def test_a_weight_counts_over_minibatches_too() -> None:
+    """One optimizer step per response: that of weight 0 has none. Catches: a step without a gradient, which moves
+    momenta and schedules."""
+    weighted, _ = trained(loader([0, 1, 0, 0.5]), minibatches=4)
+    kept, _ = trained(loader(None, [ANSWERS[1], ANSWERS[3]], key=None), minibatches=2)
+    same(weighted, kept)  # a step's own weights do not change their mean
+
+
+@pytest.mark.parametrize(
+    "line", ['"weights": [1, -0.5]', '"weights": [NaN, 1]', '"weights": [1]', '"other": 1']
+)
+def test_the_file_and_line_of_weights_that_make_no_sense_are_named(tmp_path: Any, line: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    good = '{"prompt": "t1", "responses": ["t2", "t3"], "weights": [1, 0]}\n'
+    lost = '{"prompt": "t1", "responses": ["t2"], "finish_reasons": ["length"], "weights": [1]}\n'
+    file.write_text(good + lost + "\n" + f'{{"prompt": "t1", "responses": ["t4", "t5"], {line}}}\n')
+    for kind, key in ((TeacherTextSource, "response"), (FileSource, "responses")):
+        with pytest.raises(ValueError, match=r"answers\.jsonl line 4.*'weights'"):
+            list(read(kind(file), key))
+
+
+def read(source: Any, key: str) -> SupervisedLoader:
+    stream = PromptStream(source, toys.tokenizer(), chat=False, shuffle=False)
+    settings: dict[str, Any] = {"response_key": key, "weight_key": "weights"}
+    return SupervisedLoader(stream, toys.tokenizer(), prompts_per_batch=1, steps=3, **settings)
 
 
 @pytest.mark.parametrize("weights", [None, [1, 1], [1, -1, 1, 1], [1, float("nan"), 1, 1], ["a"] * 4, True])
