@@ -173,7 +173,7 @@ def test_a_server_that_accepts_nothing_at_all_is_an_error() -> None:
         judge = backend(server)
         with pytest.warns(UserWarning, match="rejected"):
             judge.complete([JudgeRequest("one that is too long", 32, 0)])
-        with pytest.raises(RuntimeError, match="cannot be asked .rejected.: HTTP 400"):
+        with pytest.raises(RuntimeError, match=r"cannot be asked \(rejected\): HTTP 400"):
             judge.complete([JudgeRequest(f"p{i}", 8, 0) for i in range(16)])
     with TeacherServer({"long": ["error:400"]}) as server:
         judge = backend(server)
