@@ -131,6 +131,25 @@ def test_another_runs_folder_is_refused_with_the_setting_that_differs(file: Path
         reject(settings(file, limit=3), io.StringIO())
 
 
+def test_who_was_not_answered_is_asked_again_and_is_no_wrong_judgement(file: Path) -> None:
+    inner, silent = judges.noisy(0.6), {"question 3", "question 11"}
+
+    def judge(prompt: str, seed: int) -> str | None:
+        return None if any(f"user: {question}\n" in prompt for question in silent) else inner(prompt, seed)
+
+    said = io.StringIO()
+    counts = reject(settings(file, backend=CallableBackend(judge)), said)
+    assert counts.items == 18 and counts.unreadable == 0 and "2 items were not answered" in said.getvalue()
+    assert not any(row["outcome"] == "unanswered" for row in rows(file.parent / "out", "trajectories.jsonl"))
+    silent.clear()
+    said = io.StringIO()
+    assert reject(settings(file, backend=CallableBackend(judge)), said).items == 20
+    assert "18 of them judged already" in said.getvalue() and "not answered" not in said.getvalue()
+    nobody = CallableBackend(lambda prompt, seed: None)
+    with pytest.raises(RuntimeError, match="no item was answered"):
+        reject(settings(file, out=str(file.parent / "nobody"), backend=nobody), io.StringIO())
+
+
 @pytest.mark.parametrize("key", ["samples", "items_per_batch", "limit"])
 def test_numbers_out_of_range_are_refused_by_name(file: Path, key: str) -> None:
     with pytest.raises(ValueError, match=key):
