@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import queue
@@ -263,13 +264,12 @@ class CallableBackend(JudgeBackend):
         workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.threads, len(places)))]
         for worker in workers:
             worker.start()
-        for _ in workers:
-            try:
-                ended.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
-                break
-            if failed or len(found) == len(places):
-                break
+        running = len(workers)
+        while running and not failed and (left := end - time.monotonic()) > 0:
+            # In short waits: an exception that a deadline raises in this thread is noticed between them only.
+            with contextlib.suppress(queue.Empty):
+                ended.get(timeout=min(0.5, left))
+                running -= 1
         if failed:
             raise failed[0]
         known = dict(found)  # of this moment: who comes late changes nothing more
@@ -281,6 +281,10 @@ class CallableBackend(JudgeBackend):
             )
         texts = [[known.get((i, j)) for j in range(request.n)] for i, request in enumerate(requests)]
         return [[None if text is None else Reply(text, True, 0) for text in group] for group in texts]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and other processes, have threads of their own."""
+        return type(self), (self.function, self.threads, self.deadline_s)
 
     def _text(self, prompt: str, seed: int) -> str | None:
         text = self.function(prompt, seed)

@@ -44,6 +44,11 @@ class JudgeTemplate:
         if self.low >= self.high:
             raise ValueError(f"template.low must be below template.high, got {self.low} and {self.high}.")
 
+    @property
+    def text(self) -> str:
+        """The template itself."""
+        return resolve_asset(self.path).read_text(encoding="utf-8")
+
     def render(self, item: JudgeItem, order: Sequence[int], hint: str | None = None) -> str:
         """The judge's prompt with the responses in this order.
 
@@ -68,7 +73,7 @@ class JudgeTemplate:
             )
         shown = arranged(item.responses, order)
         texts = [*(m["content"] for m in item.messages), *shown]
-        text = _template(self.path).render(
+        text = _template(self.text).render(
             messages=[dict(m) for m in item.messages],
             responses=shown,
             n=len(shown),
@@ -103,9 +108,9 @@ def best_hint(item: JudgeItem, order: Sequence[int]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _template(path: str) -> jinja2.Template:
+def _template(text: str) -> jinja2.Template:
     environment: Any = jinja2.sandbox.SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=False, autoescape=False
     )
-    template: jinja2.Template = environment.from_string(resolve_asset(path).read_text(encoding="utf-8"))
+    template: jinja2.Template = environment.from_string(text)
     return template

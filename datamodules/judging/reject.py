@@ -84,7 +84,7 @@ class RejectSettings:
         return {
             "items": digest.hexdigest(),
             "backend": self.backend.describe(),
-            "template": asdict(self.template),
+            "template": asdict(self.template) | {"text": self.template.text},
             **{key: getattr(self, key) for key in ("samples", "hinted", "order", "seed", "think_end")},
         }
 

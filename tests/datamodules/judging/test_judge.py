@@ -5,7 +5,10 @@ Legend: ``n`` responses, ``k`` samples.
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import pickle
 import threading
 import time
 from collections.abc import Sequence
@@ -26,7 +29,9 @@ from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
+from lightning_onpolicy.datamodules.judging.server import ServerBackend
 from lightning_onpolicy.datamodules.judging.votes import vote
+from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 
 
 class Recorder(JudgeBackend):
@@ -261,6 +266,24 @@ def test_a_prompt_that_is_too_long_for_the_judge_is_an_error_with_numbers(templa
     item = JudgeItem(({"role": "user", "content": "?"},), ("1+" * room, "2"))
     with pytest.raises(ValueError, match=rf"tokens, with up to 6 more .* its model has {room} positions"):
         Judge(backend, template, k=2).judge([item])
+
+
+def test_backends_can_be_copied_into_other_processes(tmp_path: Path) -> None:
+    """``ddp_spawn`` pickles the module with all it holds."""
+    pytest.importorskip("openai")
+    server = ServerBackend("http://127.0.0.1:1/v1", "judge", cache=str(tmp_path / "cache.sqlite"))
+    for backend in (CallableBackend(judges.by_content, threads=3), EngineBackend("path"), server):
+        again = pickle.loads(pickle.dumps(backend))
+        assert type(again) is type(backend) and again.describe() == backend.describe()
+        assert copy.deepcopy(backend).describe() == backend.describe()
+    assert pickle.loads(pickle.dumps(CallableBackend(judges.by_content, threads=3))).threads == 3
+
+
+def test_a_judge_that_is_away_costs_less_than_what_ends_the_run() -> None:
+    """Of a batch, one lot of groups may wait for the deadline while the others arrive, and then these."""
+    allowed = inspect.signature(OnPolicyDataModule).parameters["deadline_s"].default
+    for backend in (ServerBackend, CallableBackend):
+        assert 2 * inspect.signature(backend).parameters["deadline_s"].default <= 0.75 * allowed
 
 
 def test_k_must_be_positive() -> None:
