@@ -62,7 +62,7 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
             rows, tokenizer, chat=reading.chat, chat_options=reading.chat_options, shuffle=False
         )
         batch = reading.batch(stream.take(len(rows)), tokenizer)
-        room = getattr(self.model.body.config.get_text_config(), "max_position_embeddings", None)
+        room = self.model.max_positions
         fits = [at for at, length in enumerate(batch.lengths.tolist()) if room is None or length <= room]
         places = list(known)
         if fits:
