@@ -62,7 +62,7 @@ class CompletionWriter(BasePredictionWriter):
         """Append one batch's rows."""
         if not isinstance(prediction, list):
             raise TypeError(f"predict_step must return a list of rows, got {type(prediction).__name__}.")
-        with self._partial.open("a", encoding="utf-8") as out:
+        with self._partial.open("a", encoding="utf-8", errors="backslashreplace") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -61,9 +61,15 @@ class ScoredGroup:
 
     def varies(self, metric: str | None) -> bool:
         """Whether the raw reward differs between completions that could be scored."""
-        scores = self.total if metric is None else self.parts[metric]
-        known = [x for x in scores if x is not None]
+        known = self._known(metric)
         return bool(known) and max(known) != min(known)
+
+    def silent(self, metric: str | None) -> bool:
+        """Whether no completion could be scored."""
+        return not self._known(metric)
+
+    def _known(self, metric: str | None) -> list[float]:
+        return [x for x in (self.total if metric is None else self.parts[metric]) if x is not None]
 
 
 class Refill:
@@ -99,13 +105,14 @@ class Refill:
         """
         old = [x for x in self._surplus if number - x[0] <= self.spec.max_age and x[1] == drawn]
         fresh: list[ScoredGroup] = []
-        sampled = rounds = 0
+        sampled = rounds = silent = 0
         while rounds == 0 or (
             rounds < self.spec.max_rounds and self.any_rank(len(fresh) + len(old) < self.wanted)
         ):
             groups = sample(rounds)
             rounds += 1
             sampled += len(groups)
+            silent += sum(g.silent(self.spec.metric) for g in groups)
             fresh += [g for g in groups if g.varies(self.spec.metric)]
         used = fresh[: self.wanted]
         carried = old[: self.wanted - len(used)]
@@ -114,8 +121,8 @@ class Refill:
         if not self.any_rank(bool(batch)):
             raise RuntimeError(
                 f"batch {number}: none of the {sampled} groups sampled in {rounds} rounds has rewards that differ: "
-                "every prompt is always solved or never. Change the difficulty of the prompts, raise group_size or "
-                "temperature, or look at what the verifier answers."
+                f"{silent} could not be scored, and in the others every prompt is always solved or never. Change the "
+                "difficulty of the prompts, raise group_size or temperature, or look at what the verifier answers."
             )
         if len(batch) < self.wanted:
             # Once aloud; groups/missing in the metrics says how often.

@@ -59,8 +59,8 @@ class TrajectoryLoader(StreamLoader):
 class TrajectoryDataModule(pl.LightningDataModule):
     """Trajectories of a judge, split by item: no item is on both sides, whoever judged it and in whichever file.
 
-    Hinted trajectories are left out, wrong ones are kept. How uneven the two classes are is printed when a stage
-    starts, and is in ``balance``.
+    Hinted and unanswered trajectories are left out, wrong ones are kept. How uneven the two classes are is printed when
+    a stage starts, and is in ``balance``.
 
     Args:
         path: File, or files, of trajectories (``datamodules/judging/trajectories.py`` has the format).
@@ -129,9 +129,10 @@ class TrajectoryDataModule(pl.LightningDataModule):
 
     def _split(self) -> None:
         every = read_trajectories(self.paths)
-        used = [t for t in every if not t.hinted]
+        # Whom nobody answered judged nothing, and is no example of a wrong judgement.
+        used = [t for t in every if not t.hinted and t.sample.outcome != "unanswered"]
         if len(used) < len(every):
-            rank_zero_info(f"{len(every) - len(used)} hinted trajectories are left out.")
+            rank_zero_info(f"{len(every) - len(used)} hinted or unanswered trajectories are left out.")
         sides: dict[str, list[Trajectory]] = {"train": [], "val": []}
         for t in used:
             side = "val" if held_out(t.item.uid, self.val_fraction, self.split_seed) else "train"

@@ -44,7 +44,8 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
         self.reading = reading or MetaReading.of(self.model.body.config)
 
     def score(self, items: Sequence[JudgeItem], samples: Sequence[JudgeSample]) -> list[float | None]:
-        """One score per judgement; None for those that could not be read, which have no vote.
+        """One score per judgement; None for those that could not be read, which have no vote, and for those that are
+        longer than the model's positions, whose score would mean nothing.
 
         Args:
             items: What was judged, one per sample.
@@ -60,8 +61,11 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
         stream = PromptStream(
             rows, tokenizer, chat=reading.chat, chat_options=reading.chat_options, shuffle=False
         )
-        for i, value in zip(
-            known, self.of_rows(reading.batch(stream.take(len(rows)), tokenizer)), strict=True
-        ):
-            scores[i] = value
+        batch = reading.batch(stream.take(len(rows)), tokenizer)
+        room = self.model.max_positions
+        fits = [at for at, length in enumerate(batch.lengths.tolist()) if room is None or length <= room]
+        places = list(known)
+        if fits:
+            for at, value in zip(fits, self.of_rows(batch.select(fits)), strict=True):
+                scores[places[at]] = value
         return scores

@@ -219,6 +219,11 @@ class ScalarModel(nn.Module):
         """
         return self(input_ids[:, :-1], select[:, 1:])  # type: ignore[no-any-return]
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model takes, in tokens, if it says."""
+        return getattr(self.body.config.get_text_config(), "max_position_embeddings", None)
+
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``[B]`` scalars of whole rows: of the state after each row's last real token.
 
@@ -230,9 +235,16 @@ class ScalarModel(nn.Module):
             attention_mask: ``[B, T]`` bool or 0/1: real tokens.
 
         Raises:
-            ValueError: If a row has no real token.
+            ValueError: If a row has no real token, or more than the model has positions: beyond them nothing fails by
+                itself, and scores mean nothing.
         """
         packed_BT, lengths_B = pack_left(input_ids, attention_mask)
+        longest, room = int(lengths_B.max()), self.max_positions
+        if room is not None and longest > room:
+            raise ValueError(
+                f"a row of {longest} tokens is longer than the scalar model's {room} positions: shorten prompts "
+                "(another template, max_prompt_tokens) or replies, or take a model of longer context."
+            )
         if not bool((lengths_B > 0).all()):
             empty = (lengths_B == 0).nonzero()[:, 0].tolist()
             raise ValueError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch, Sampling
-from lightning_onpolicy.datamodules.judging.backends import EngineBackend, JudgeBackend
+from lightning_onpolicy.datamodules.judging.backends import JUDGING, EngineBackend, JudgeBackend
 from lightning_onpolicy.datamodules.judging.cases import EvalCase
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
@@ -24,7 +24,7 @@ from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.module import ItemBatch
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate
-from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged
+from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged, plain_sample
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
 from lightning_onpolicy.modules.grpo import ProRLGRPO
 from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer
@@ -43,8 +43,8 @@ class JudgingSpec:
         k: Samples per item.
         k_meta: Of these, the ones that the meta model prefers; null: all vote. ``test`` makes tables of all.
         order: ``shuffled``, ``rotated`` or ``fixed``.
-        sampling: How tokens are drawn.
-        chat_options: More arguments for the chat template.
+        sampling: How the policy's tokens are drawn; a backend has its own.
+        chat_options: More arguments for the policy's chat template.
         seed: Of orders and sampling.
         think_end: What ends the judge's thinking, which does not count; null, nothing does.
 
@@ -57,7 +57,7 @@ class JudgingSpec:
     k: int = 8
     k_meta: int | None = None
     order: OrderKind = "shuffled"
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, max_new_tokens=4096))
+    sampling: Sampling = JUDGING
     chat_options: Mapping[str, Any] | None = None
     seed: int = 0
     think_end: str | None = "</think>"
@@ -97,6 +97,13 @@ class SPCTReward(ProRLGRPO):
         self.judging = judging or JudgingSpec()
         if self.judging.k_meta is not None and meta is None:
             raise ValueError("judging.k_meta says how many samples the meta model keeps: name one in meta.")
+        if reading is not None and meta is None:
+            raise ValueError("reading says how the meta model reads, and there is none: name one in meta.")
+        own = (self.judging.sampling, self.judging.chat_options)
+        if backend is not None and own != (JUDGING, None):
+            raise ValueError(
+                "judging.sampling and judging.chat_options are the policy's: give them to the backend."
+            )
         self.meta, self.reading, self.backend = meta, reading, backend
         self._judge: Judge | None = None
         self.save_hyperparameters({**self.hparams, "judging": dataclasses.asdict(self.judging)})
@@ -153,7 +160,7 @@ class SPCTReward(ProRLGRPO):
             "scores": means and list(means),
             "best": best,
             "voted": list(verdict.used),
-            "samples": [dataclasses.asdict(sample) for sample in samples],
+            "samples": [plain_sample(sample) for sample in samples],
         }
 
     def test_step(  # type: ignore[override]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -77,7 +82,8 @@ class EngineBackend(JudgeBackend):
         device: Where a model that is loaded here goes; null takes CUDA where there is, or else the CPU.
 
     Raises:
-        ValueError: If the model's tokenizer has no chat template.
+        ValueError: When it is first asked, if the model's tokenizer has no chat template, or it is sharded: ranks with
+            different requests would wait for each other.
     """
 
     remote = False
@@ -100,6 +106,7 @@ class EngineBackend(JudgeBackend):
         if self._engine is None:
             import torch
 
+            from lightning_onpolicy.datamodules.engines.lockstep import has_peers, is_sharded
             from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
             from lightning_onpolicy.modules.policy import Policy
             from lightning_onpolicy.modules.specs import ModelSpec
@@ -112,13 +119,23 @@ class EngineBackend(JudgeBackend):
                 raise ValueError(
                     "a judge is asked in a chat, and its tokenizer has no chat template: give it one."
                 )
+            if has_peers() and is_sharded(policy):
+                raise ValueError(
+                    "a sharded policy cannot judge: ranks ask differently often, and would wait for each other. Load "
+                    "the judge from a path, or name a server."
+                )
             self._engine = TransformersEngine(policy, max_rows=self.max_rows)
         return self._engine
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
-        """See :class:`JudgeBackend`; every answer can be had."""
+        """See :class:`JudgeBackend`; every answer can be had.
+
+        Raises:
+            ValueError: If a prompt is too long for the model; the message has the numbers.
+        """
         tokenizer = self.engine.policy.tokenizer
         prompts = [self._ids(tokenizer, request.prompt) for request in requests]
+        self._require_room(max(map(len, prompts), default=0))
         answers: list[list[Reply | None]] = [[None] * request.n for request in requests]
         parts = [(i, first, size) for i, request in enumerate(requests) for first, size in _parts(request.n)]
         for n in sorted({size for _, _, size in parts}):
@@ -139,7 +156,19 @@ class EngineBackend(JudgeBackend):
                 ]
         return answers
 
+    def _require_room(self, longest: int) -> None:
+        room, more = self.engine.policy.max_positions, self.sampling.max_new_tokens
+        if room is not None and longest + more > room:
+            raise ValueError(
+                f"a judge's prompt has {longest} tokens, with up to {more} more of the judge's own (max_new_tokens of "
+                f"the backend's sampling), and its model has {room} positions. Judge fewer responses at once "
+                "(group_size) or shorter ones, lower max_new_tokens, or take a judge of longer context."
+            )
+
     def _ids(self, tokenizer: Any, prompt: str) -> list[int]:
+        # A response that spells a special token would close the user's turn and speak for the judge.
+        for token in tokenizer.all_special_tokens:
+            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}")
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, **self.chat_options
@@ -180,7 +209,7 @@ class CallableBackend(JudgeBackend):
         function: From a prompt and a seed to the text of an answer; None, it has none. Import path in a configuration.
         threads: Calls at a time; a function that is not safe in threads needs 1.
         deadline_s: Seconds that all calls for one batch of requests may take; those not done by then count as
-            unanswered, and their threads are left behind.
+            unanswered. Their threads go on, and count among ``threads`` until they return.
 
     Example:
         >>> backend = CallableBackend(lambda prompt, seed: f"\\\\boxed{{{len(prompt)}}}")
@@ -196,45 +225,90 @@ class CallableBackend(JudgeBackend):
         if threads < 1 or deadline_s <= 0:
             raise ValueError(f"threads must be >= 1 and deadline_s > 0, got {threads} and {deadline_s}.")
         self.function, self.threads, self.deadline_s = function, threads, deadline_s
+        self._free = threading.Semaphore(threads)
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
         """See :class:`JudgeBackend`; the j-th of a request's answers has the seed ``seed + j``.
 
         Raises:
+            TypeError: If the function returns neither a text nor None.
             Exception: What the function raises.
         """
         end = time.monotonic() + self.deadline_s
         places = [(i, j) for i, request in enumerate(requests) for j in range(request.n)]
         todo: Iterator[tuple[int, int]] = iter(places)
         found = dict[tuple[int, int], str | None]()
-        lock, failed = threading.Lock(), list[BaseException]()
+        lock, failed, ended = threading.Lock(), list[BaseException](), queue.SimpleQueue[None]()
 
-        def work() -> None:
+        def answer_some() -> None:
             while not failed:
                 with lock:
                     place = next(todo, None) if time.monotonic() < end else None
                 if place is None:
                     return
                 i, j = place
+                found[place] = self._text(requests[i].prompt, requests[i].seed + j)
+
+        def work() -> None:
+            # Whoever hangs since an earlier batch keeps his place: there are never more calls than ``threads``.
+            if self._free.acquire(timeout=max(0.0, end - time.monotonic())):
                 try:
-                    found[place] = self.function(requests[i].prompt, requests[i].seed + j)
+                    answer_some()
                 except BaseException as error:
                     failed.append(error)
+                finally:
+                    self._free.release()
+            ended.put(None)
 
         # Daemons, not a pool: one that hangs must keep neither the run nor the interpreter's end waiting.
         workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.threads, len(places)))]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join(max(0.0, end - time.monotonic()))
+        running = len(workers)
+        while running and not failed and (left := end - time.monotonic()) > 0:
+            # In short waits: an exception that a deadline raises in this thread is noticed between them only.
+            with contextlib.suppress(queue.Empty):
+                ended.get(timeout=min(0.5, left))
+                running -= 1
         if failed:
             raise failed[0]
-        texts = [[found.get((i, j)) for j in range(request.n)] for i, request in enumerate(requests)]
+        known = dict(found)  # of this moment: who comes late changes nothing more
+        if late := len(places) - len(known):
+            warnings.warn(
+                f"{late} of {len(places)} calls of {_name(self.function)} were not done within deadline_s="
+                f"{self.deadline_s:g}: they are unanswered.",
+                stacklevel=2,
+            )
+        texts = [[known.get((i, j)) for j in range(request.n)] for i, request in enumerate(requests)]
         return [[None if text is None else Reply(text, True, 0) for text in group] for group in texts]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and other processes, have threads of their own."""
+        return type(self), (self.function, self.threads, self.deadline_s)
+
+    def _text(self, prompt: str, seed: int) -> str | None:
+        text = self.function(prompt, seed)
+        if text is not None and not isinstance(text, str):
+            if inspect.iscoroutine(text):
+                text.close()
+            raise TypeError(
+                f"{_name(self.function)} must return a text or None, got {type(text).__name__}; of an async function "
+                "make a plain one, with asyncio.run."
+            )
+        return text
+
     def describe(self) -> dict[str, Any]:
-        """The function's name."""
-        return {"function": f"{self.function.__module__}.{self.function.__qualname__}"}
+        """The function's name: what stands in it, and what it closes over, is the caller's to keep apart."""
+        return {"function": _name(self.function)}
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _name(function: Any) -> str:
+    """A name that is the same in every process, also of partials and of objects that can be called."""
+    if isinstance(function, functools.partial):
+        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{_name(function.func)}({', '.join(given)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -70,6 +70,9 @@ class Judge:
             items: What is judged; their names must differ where their content does.
             visit: Another number, other orders and samples.
             hinted: Tell the judge beforehand which response is the best; only to make text to learn from.
+
+        Raises:
+            ValueError: If the backend does not answer as often as it is asked.
         """
         requests: list[JudgeRequest] = []
         drawn: list[list[tuple[int, ...]]] = []
@@ -80,7 +83,13 @@ class Judge:
                 hint = best_hint(item, order) if hinted else None
                 prompt = self._template(len(order)).render(item, order, hint)
                 requests.append(JudgeRequest(prompt, count, _number(*key, order)))
-        replies = iter(self.backend.complete(requests))
+        answers = self.backend.complete(requests)
+        if [len(group) for group in answers] != [request.n for request in requests]:
+            raise ValueError(
+                f"{type(self.backend).__name__}.complete gave {[len(group) for group in answers]} replies to requests "
+                f"for {[request.n for request in requests]}: one per sample, None where there is none."
+            )
+        replies = iter(answers)
         judged = [tuple(self._in_turn(order_k, replies)) for order_k in drawn]
         return judged if self.meta is None else _graded(self.meta, items, judged)
 

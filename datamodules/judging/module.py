@@ -34,7 +34,7 @@ class ItemBatch(Generic[X]):
 
 
 class ItemLoader(Generic[X]):
-    """Batches of items, in order.
+    """Batches of items, in order; a rank without items has one empty batch, as it must gather with the others.
 
     Args:
         items: This rank's.
@@ -45,11 +45,11 @@ class ItemLoader(Generic[X]):
         self.items, self.size = items, size
 
     def __iter__(self) -> Iterator[ItemBatch[X]]:
-        for start in range(0, len(self.items), self.size):
+        for start in range(0, max(1, len(self.items)), self.size):
             yield ItemBatch(self.items[start : start + self.size])
 
     def __len__(self) -> int:
-        return -(-len(self.items) // self.size)
+        return max(1, -(-len(self.items) // self.size))
 
 
 class JudgingDataModule(pl.LightningDataModule):

@@ -52,7 +52,8 @@ def parse_scores(
         low: Least score allowed.
         high: Largest score allowed.
         finished: Whether the answer ended by itself; one that was cut before its scores is ``truncated``.
-        think_end: What ends the thinking; boxes before its last occurrence do not count. None: no thinking.
+        think_end: What ends the thinking; boxes before its last occurrence do not count, nor any where the text starts
+            with a thinking (``<think>`` for ``</think>``) that never ends. None: no thinking.
 
     Raises:
         ValueError: If n or the range makes no sense.
@@ -76,14 +77,17 @@ def parse_scores(
 
 
 def without_thinking(text: str, think_end: str | None) -> str:
-    """What follows the last end of thinking; all of the text where there is none.
+    """What follows the last end of thinking; all of the text where there is none; nothing where it never ends.
 
     Example:
         >>> without_thinking("Hm. </think>Both are fine.", "</think>")
         'Both are fine.'
     """
-    if think_end is None or think_end not in text:
+    if think_end is None:
         return text
+    if think_end not in text:
+        start = think_end.replace("/", "", 1)
+        return "" if start != think_end and text.lstrip().startswith(start) else text
     return text[text.rindex(think_end) + len(think_end) :]
 
 

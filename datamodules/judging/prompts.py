@@ -44,6 +44,11 @@ class JudgeTemplate:
         if self.low >= self.high:
             raise ValueError(f"template.low must be below template.high, got {self.low} and {self.high}.")
 
+    @property
+    def text(self) -> str:
+        """The template itself."""
+        return resolve_asset(self.path).read_text(encoding="utf-8")
+
     def render(self, item: JudgeItem, order: Sequence[int], hint: str | None = None) -> str:
         """The judge's prompt with the responses in this order.
 
@@ -53,25 +58,32 @@ class JudgeTemplate:
             hint: What the judge is told beforehand; only where wrong judgements are to be got rid of.
 
         Raises:
-            ValueError: If a single response meets a template whose scores are not 0 and 1 while its label is.
+            ValueError: If a single response meets a template whose scores are not 0 and 1 while its label is, or the
+                template for a single response meets several.
         """
         single = len(item.responses) == 1
+        if self.path == SINGLE and not single:
+            raise ValueError(
+                f"item {item.uid!r} has {len(item.responses)} responses, and {SINGLE} shows one: use {GROUP}."
+            )
         if single and item.labels is not None and (self.low, self.high) != (0, 1):
             raise ValueError(
                 f"item {item.uid!r} has one response, labelled 0 or 1, and the template asks for {self.low} to "
                 f"{self.high}: use {SINGLE} with low 0 and high 1."
             )
         shown = arranged(item.responses, order)
-        return _template(self.path).render(
+        texts = [*(m["content"] for m in item.messages), *shown]
+        text = _template(self.text).render(
             messages=[dict(m) for m in item.messages],
             responses=shown,
             n=len(shown),
             low=self.low,
             high=self.high,
-            tag=tag_of([*(m["content"] for m in item.messages), *shown]),
+            tag=tag_of(texts if item.reference is None else [*texts, item.reference]),
             reference=item.reference,
             hint=hint,
         )
+        return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair: no tokenizer takes it
 
 
 def tag_of(texts: Sequence[str]) -> str:
@@ -79,7 +91,9 @@ def tag_of(texts: Sequence[str]) -> str:
     everything = "\0".join(texts)
     number = 0
     while True:
-        digest = hashlib.blake2b(f"{number}\0{everything}".encode(), digest_size=4).hexdigest()
+        digest = hashlib.blake2b(
+            f"{number}\0{everything}".encode("utf-8", "surrogatepass"), digest_size=4
+        ).hexdigest()
         if digest not in everything:
             return digest
         number += 1
@@ -94,9 +108,9 @@ def best_hint(item: JudgeItem, order: Sequence[int]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _template(path: str) -> jinja2.Template:
+def _template(text: str) -> jinja2.Template:
     environment: Any = jinja2.sandbox.SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=False, autoescape=False
     )
-    template: jinja2.Template = environment.from_string(resolve_asset(path).read_text(encoding="utf-8"))
+    template: jinja2.Template = environment.from_string(text)
     return template

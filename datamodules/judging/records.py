@@ -135,10 +135,14 @@ def write_records(path: str | Path, items: Iterable[JudgedItem]) -> None:
 
 
 def _plain(item: JudgedItem) -> dict[str, Any]:
-    row = asdict(item)
-    for sample in row["samples"]:
-        if sample["meta"] is not None and math.isnan(sample["meta"]):
-            sample["meta"] = None  # JSON has no NaN, and both mean: no meta score
+    return {**asdict(item), "samples": [plain_sample(sample) for sample in item.samples]}
+
+
+def plain_sample(sample: JudgeSample) -> dict[str, Any]:
+    """A judgement as JSON has it."""
+    row = asdict(sample)
+    if sample.meta is not None and math.isnan(sample.meta):
+        row["meta"] = None  # JSON has no NaN, and both mean: no meta score
     return row
 
 

@@ -84,7 +84,7 @@ class RejectSettings:
         return {
             "items": digest.hexdigest(),
             "backend": self.backend.describe(),
-            "template": asdict(self.template),
+            "template": asdict(self.template) | {"text": self.template.text},
             **{key: getattr(self, key) for key in ("samples", "hinted", "order", "seed", "think_end")},
         }
 
@@ -116,6 +116,7 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
 
     Raises:
         ValueError: If the folder holds another run's judgements, or an item is malformed.
+        RuntimeError: If no item was answered.
     """
     say = sys.stderr if say is None else say
     items = read_items(settings.items, labelled=True)[: settings.limit]
@@ -126,6 +127,7 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
     todo = [item for item in items if item.uid not in done]
     judges = [_judge(settings, settings.samples)] + ([_judge(settings, 1)] if settings.hinted else [])
     _tell(say, f"{len(items)} items, {len(items) - len(todo)} of them judged already.")
+    missing = 0
     with (folder / TRAJECTORIES).open("a", encoding="utf-8", errors="backslashreplace") as out:
         for start in range(0, len(todo), settings.items_per_batch):
             chunk = todo[start : start + settings.items_per_batch]
@@ -134,11 +136,24 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
                 for judge, hinted in zip(judges, (False, True), strict=False)
             ]
             for at, item in enumerate(chunk):
-                out.writelines(_lines(item, [samples[at] for samples in drawn]))
+                mine = [samples[at] for samples in drawn]
+                if any(sample.outcome == "unanswered" for samples in mine for sample in samples):
+                    missing += 1  # no judgement, so none that is wrong: the next run asks again
+                    continue
+                out.writelines(_lines(item, mine))
             out.flush()
             os.fsync(out.fileno())
-            _tell(say, f"{len(items) - len(todo) + start + len(chunk)} of {len(items)} items judged.")
+            judged = len(items) - len(todo) + start + len(chunk) - missing
+            _tell(say, f"{judged} of {len(items)} items judged.")
     settings.backend.close()
+    if missing:
+        _tell(
+            say, f"{missing} items were not answered in time and are left out: run it again to ask for them."
+        )
+    if missing == len(items):
+        raise RuntimeError(
+            f"no item was answered, so there is nothing to keep in {folder}: is the judge there?"
+        )
     return _write(folder, settings.template, say)
 
 

@@ -2,8 +2,9 @@
 
 An answer is one request of its own, so that each has its seed and may be had from the cache; servers share the prefix
 of equal prompts by themselves. A training run must not end because a judge does not answer: what cannot be had by the
-deadline, for whatever reason, is None. Only what no waiting can mend (a key that is refused, a model that is not there)
-is an error.
+deadline, for whatever reason, is None, and the first loss of each kind is a warning that says why. Only what no waiting
+can mend is an error: a key that is refused, a model that is not there, request after request that the server does not
+accept.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import asyncio
 import hashlib
 import json
 import random
-import sqlite3
 import time
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,14 @@ from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.collect.answers import Answer, answer_of
 from lightning_onpolicy.datamodules.collect.client import Client, openai, read_key
 from lightning_onpolicy.datamodules.collect.faults import AGAIN, STOPS, Fault, wait_before
+from lightning_onpolicy.datamodules.collect.settings import check_base_url
 from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend, JudgeRequest, Reply
+from lightning_onpolicy.datamodules.judging.replies import ReplyCache
+
+HOPELESS = (
+    100  # requests not accepted before the first answer: more than one over-long group has; the fault is ours
+)
+OWN_KEYS = frozenset("model messages n seed stop stream".split())
 
 
 class ServerBackend(JudgeBackend):
@@ -34,18 +42,22 @@ class ServerBackend(JudgeBackend):
     Args:
         base_url: Where it is served, e.g. ``http://127.0.0.1:8000/v1``.
         model: Its name there.
-        sampling: How tokens are drawn; ``top_k`` and ``min_p`` go along where they are set (vLLM and SGLang take them).
+        sampling: How tokens are drawn. ``top_k``, ``min_p``, ``min_new_tokens`` (as ``min_tokens``) and
+            ``stop_token_ids`` go along where they are set: vLLM and SGLang take them.
         concurrency: Requests in flight.
         timeout_s: Seconds one request may take.
-        deadline_s: Seconds all requests of one call may take.
+        deadline_s: Seconds all requests of one call may take. A reward that is asked while others are sampled is called
+            twice per batch: keep it below half of the datamodule's ``deadline_s``, which ends the run.
         retries: Further attempts after a fault, each with another seed.
-        cache: File of answers; equal requests are not sent again, also not by later runs. Null keeps none.
+        cache: File of answers; what was answered is not asked again, also not by later runs. Null keeps none.
         api_key_env: Environment variable that holds the key.
-        extra: More keys of the request's body, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``.
+        extra: More keys of the request's body, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``; null leaves a
+            key out: ``{max_tokens: null, max_completion_tokens: 4096}``.
 
     Raises:
         ImportError: If the official client is not installed.
-        ValueError: If a number is out of range, or there is no key.
+        ValueError: If a number is out of range, there is no key, ``base_url`` holds a secret, or ``extra`` a key that
+            makes samples equal or answers unreadable.
     """
 
     remote = True
@@ -57,7 +69,7 @@ class ServerBackend(JudgeBackend):
         sampling: Sampling | None = None,
         concurrency: int = 32,
         timeout_s: float = 300.0,
-        deadline_s: float = 1200.0,
+        deadline_s: float = 600.0,
         retries: int = 3,
         cache: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
@@ -69,6 +81,12 @@ class ServerBackend(JudgeBackend):
                 raise ValueError(f"{key} must be positive, got {value}.")
         if retries < 0:
             raise ValueError(f"retries must be >= 0, got {retries}.")
+        taken = sorted(OWN_KEYS & set(extra or {}))
+        if taken:
+            raise ValueError(
+                f"extra holds {taken}, which the judge sets by itself: each sample has its own seed."
+            )
+        check_base_url(base_url)
         openai()
         self.base_url, self.model, self.sampling = base_url.rstrip("/"), model, sampling or JUDGING
         self.concurrency, self.timeout_s, self.deadline_s = concurrency, timeout_s, deadline_s
@@ -76,96 +94,123 @@ class ServerBackend(JudgeBackend):
         self._key = read_key(api_key_env, base_url)
         self._cache = None if cache is None else ReplyCache(Path(cache))
         self.faults: Counter[str] = Counter()
+        self._lost: dict[str, str] = {}  # kind of fault: the first message, until it is said
+        self._said = set[str]()
+        self._answered, self._refused = False, 0
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
         """See :class:`~.backends.JudgeBackend`; None for what could not be had by the deadline.
 
-        Raises:
-            RuntimeError: If the server refuses the key, does not know the model, or wants money.
-        """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self._complete(requests))
-        with ThreadPoolExecutor(1) as apart:  # a notebook has a loop of its own in this thread
-            return apart.submit(asyncio.run, self._complete(requests)).result()
+        Equal samples of equal requests are asked for once.
 
-    async def _complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
+        Raises:
+            RuntimeError: If the server refuses the key, does not know the model, wants money, or has accepted none of
+                the first requests.
+        """
+        keys = [[self.digest(request, j) for j in range(request.n)] for request in requests]
+        open_: dict[str, tuple[JudgeRequest, int]] = {}
+        found: dict[str, Reply] = {}
+        for request, row in zip(requests, keys, strict=True):
+            for j, key in enumerate(row):
+                kept = None if self._cache is None or key in found else self._cache.get(key)
+                if kept is not None:
+                    found[key], self._answered = kept, True
+                elif key not in found:
+                    open_[key] = request, j
+        if open_:
+            _run(self._complete(open_, found))
+        for kind in sorted(set(self._lost) - self._said):
+            self._said.add(kind)
+            warnings.warn(
+                f"the judge at {self.base_url} left samples unanswered ({kind}): {self._lost[kind]}. They do not vote; "
+                "further ones of this kind are not mentioned.",
+                stacklevel=2,
+            )
+        return [[found.get(key) for key in row] for row in keys]
+
+    async def _complete(self, open_: Mapping[str, tuple[JudgeRequest, int]], found: dict[str, Reply]) -> None:
+        """Ask for what is open; what could be had is in ``found``."""
         end = time.monotonic() + self.deadline_s
         client = Client(self.base_url, self._key, self.timeout_s)
         gate = asyncio.Semaphore(self.concurrency)
-        answers: list[list[Reply | None]] = [[None] * request.n for request in requests]
 
-        async def one(i: int, j: int) -> None:
-            answers[i][j] = await self._answer(client, gate, requests[i], j, end)
+        async def one(key: str, request: JudgeRequest, sample: int) -> None:
+            reply = await self._answer(client, gate, request, sample, end)
+            if reply is not None:
+                found[key], self._answered = reply, True
+                if self._cache is not None:
+                    self._cache.put(key, reply)
 
-        tasks = [
-            asyncio.create_task(one(i, j)) for i, request in enumerate(requests) for j in range(request.n)
-        ]
+        tasks = [asyncio.create_task(one(key, *asked)) for key, asked in open_.items()]
         try:
-            if tasks:
-                done, late = await asyncio.wait(
-                    tasks, timeout=self.deadline_s, return_when=asyncio.FIRST_EXCEPTION
-                )
-                if not any(task.exception() for task in done):
-                    self.faults["deadline"] += len(late)
-                for task in late:
-                    task.cancel()
-                await asyncio.gather(*late, return_exceptions=True)
-                for task in done:
-                    task.result()
+            done, late = await asyncio.wait(
+                tasks, timeout=self.deadline_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            errors = [error for task in done if (error := task.exception()) is not None]
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+            if errors:
+                raise errors[0]
+            if late:
+                self.faults["deadline"] += len(late)
+                self._lost.setdefault("deadline", f"nothing within deadline_s={self.deadline_s:g}")
         finally:
             await client.close()
-        return answers
 
     async def _answer(
         self, client: Client, gate: asyncio.Semaphore, request: JudgeRequest, sample: int, end: float
     ) -> Reply | None:
         for attempt in range(self.retries + 1):
-            body = self.body(request, sample, attempt)
-            key = self.digest(body)
-            if self._cache is not None and (kept := self._cache.get(key)) is not None:
-                return kept
             async with gate:
-                found = await client.ask(body)
+                found = await client.ask(self.body(request, sample, attempt))
             result = found if isinstance(found, Fault) else answer_of(found.body)
             if isinstance(result, Answer):
-                finished = result.finish_reason != "length"
-                reply = Reply(result.text, finished, result.tokens_out or 0)
-                if self._cache is not None:
-                    self._cache.put(key, reply)
-                return reply
+                return Reply(result.text, result.finish_reason != "length", result.tokens_out or 0)
             self.faults[result.kind] += 1
-            if result.kind in STOPS:
+            self._refused += result.kind == "rejected"
+            if result.kind in STOPS or (self._refused >= HOPELESS and not self._answered):
                 raise RuntimeError(
                     f"the judge at {self.base_url} cannot be asked ({result.kind}): {result.message}"
                 )
             wait = wait_before(attempt + 1, result, random.random())
-            if result.kind not in AGAIN or time.monotonic() + wait > end:
+            last = attempt == self.retries or result.kind not in AGAIN or time.monotonic() + wait > end
+            if last:
+                self._lost.setdefault(result.kind, result.message)
                 return None
-            if attempt < self.retries:
-                await asyncio.sleep(wait)
+            await asyncio.sleep(wait)
         return None
 
     def body(self, request: JudgeRequest, sample: int, attempt: int = 0) -> dict[str, Any]:
         """What is sent for one sample: a function of the request, the sample's and the attempt's number."""
         draw = self.sampling
-        more = {"top_k": draw.top_k, "min_p": draw.min_p}
+        more = {
+            "top_k": draw.top_k,
+            "min_p": draw.min_p,
+            "min_tokens": draw.min_new_tokens,
+            "stop": list(draw.stop),
+            "stop_token_ids": list(draw.stop_token_ids),
+        }
         seed = hashlib.blake2b(repr((request.seed, sample, attempt)).encode(), digest_size=4).digest()
-        return {
+        whole = {
             "model": self.model,
             "messages": [{"role": "user", "content": request.prompt}],
             "temperature": draw.temperature,
             "top_p": draw.top_p,
             "max_tokens": draw.max_new_tokens,
             "seed": int.from_bytes(seed, "big") >> 1,
-            **({"stop": list(draw.stop)} if draw.stop else {}),
             **{name: value for name, value in more.items() if value},
             **self.extra,
         }
+        return {name: value for name, value in whole.items() if value is not None}
 
-    def digest(self, body: dict[str, Any]) -> str:
-        """The cache's key: address and whole body, and so model, template, items, order and seed."""
+    def digest(self, request: JudgeRequest, sample: int) -> str:
+        """The cache's key: address and whole body, and so model, template, items, order and seed.
+
+        It is that of the first attempt, whichever was answered: else a later run would ask again, and hear another
+        answer, wherever the server had failed at first.
+        """
+        body = self.body(request, sample)
         text = json.dumps([self.base_url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -184,31 +229,12 @@ class ServerBackend(JudgeBackend):
             self._cache.close()
 
 
-class ReplyCache:
-    """Replies by key in an SQLite file, committed one by one; several processes may use it.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The reward may be asked from another thread than the one that made it, never from two at a time.
-        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
-        )
-
-    def get(self, key: str) -> Reply | None:
-        """The reply, if it is there."""
-        row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Reply(**json.loads(row[0]))
-
-    def put(self, key: str, reply: Reply) -> None:
-        """Keep it."""
-        self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(asdict(reply))))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run it to its end, also where this thread has an event loop already, as a notebook's has."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(asyncio.run, work).result()

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class GenerativeReward(Reward):
     """The mean of a judge's scores for each completion, from 0 (the template's least score) to 1 (its largest).
 
-    A group is one item: the judge sees all its completions at once, equal ones once. Where no sample could be read,
+    A group is one item: the judge sees all its completions at once, equal ones once, also those that are empty or were
+    cut. Where no sample could be read,
     the whole group is None: masked, never 0. Orders and sampling depend on the prompt, the texts and ``seed`` alone, so
     equal groups get equal scores and a cache of the backend finds them again.
 

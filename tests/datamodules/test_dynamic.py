@@ -98,6 +98,9 @@ def test_a_smaller_batch_says_so_and_an_empty_one_is_an_error(caplog: pytest.Log
         Refill(DynamicSampling(max_rounds=2), 2, bool).fill(
             3, rounds([scored(*ALL)] * 2, [scored(*NONE)] * 2)
         )
+    silent = rounds([scored(None, None), scored(None, None), scored(*ALL)])  # a judge that is away
+    with pytest.raises(RuntimeError, match=r"none of the 3 groups .* 2 could not be scored"):
+        Refill(DynamicSampling(max_rounds=1), 2, bool).fill(3, silent)
 
 
 @given(

@@ -71,7 +71,8 @@ def test_wrong_ones_stay_hinted_ones_go_and_unreadable_ones_are_not_validated_on
     rows = lines(30, 4)
     unread = [line(f"i{i}", 9, outcome="missing") for i in range(30)]
     hinted = [line(f"i{i}", number, hinted=True) for i in range(30) for number in (5, 6)]
-    path = write(tmp_path / "t.jsonl", rows + unread + hinted)
+    silent = [line(f"i{i}", 11, outcome="unanswered") for i in range(30)]
+    path = write(tmp_path / "t.jsonl", rows + unread + hinted + silent)
     with caplog.at_level("INFO"):
         data = module(path)
     held = {t.item.uid for t in data.sides["val"]}
@@ -82,7 +83,7 @@ def test_wrong_ones_stay_hinted_ones_go_and_unreadable_ones_are_not_validated_on
     assert balance.trajectories == 5 * (30 - len(held))
     assert data.balance["val"].trajectories == 4 * len(held) and data.balance["val"].unreadable == 0
     assert not all(t.right for t in data.sides["val"])
-    assert "60 hinted trajectories are left out" in caplog.text
+    assert "90 hinted or unanswered trajectories are left out" in caplog.text
     assert f"train: {balance}" in caplog.text and f"val: {data.balance['val']}" in caplog.text
     readable = module(path, unreadable=False).balance["train"]
     assert (readable.trajectories, readable.unreadable, readable.right) == (

@@ -56,6 +56,9 @@ def run(folder: Path, file: Path, template: Path, strategy: str, devices: int) -
     judge = SPCTReward(STUDENT, backend=backend, judging=JudgingSpec(k=6))
     trainer = pl.Trainer(**settings, callbacks=[JudgeReport(str(folder / "report"), plot=False)])
     trainer.test(judge, JudgingDataModule(test={"items": str(file)}, items_per_batch=3), verbose=False)
+    few = JudgingDataModule(test={"items": str(file)}, limit=1)  # fewer items than ranks
+    trainer = pl.Trainer(**settings, callbacks=[JudgeReport(str(folder / "few"), plot=False)])
+    trainer.test(judge, few, verbose=False)
     module = SPCTReward(STUDENT, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     data = OnPolicyDataModule(
         train=JudgeSource(file, JudgeTemplate(str(template))),

@@ -18,7 +18,7 @@ import ranks_meta
 import torch
 import toys
 from torch.nn.functional import binary_cross_entropy_with_logits
-from trajectories import lines, write
+from trajectories import line, lines, write
 
 from lightning_onpolicy.cli import main
 from lightning_onpolicy.datamodules.judged import PREFERRED
@@ -191,6 +191,18 @@ def test_what_is_exported_scores_the_same(lora: LoraSpec | None, tmp_path: Path)
     again = MetaRewardModel(str(tmp_path / "export"))  # and trains on from there
     again.configure_model()
     torch.testing.assert_close(again.model.head.weight, module.model.head.weight)
+
+
+def test_a_judgement_longer_than_the_models_positions_has_no_score(tmp_path: Path) -> None:
+    """Catches: the scores of positions that no training reached, which look like any other."""
+    rows = [line("i0"), {**line("i1"), "text": "t1 " * 200}, line("i2"), line("i3", outcome="missing")]
+    every = read_trajectories([write(tmp_path / "t.jsonl", rows)])
+    scorer = MetaRewardScorer(scalar(), device="cpu")
+    items, samples = [t.item for t in every], [t.sample for t in every]
+    scores = scorer.score(items, samples)
+    assert [score is None for score in scores] == [False, True, False, True]
+    assert scores[2:3] == pytest.approx(scorer.score(items[2:3], samples[2:3]))
+    assert scorer.score(items[1:2], samples[1:2]) == [None]
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(r=2)], ids=["full", "lora"])

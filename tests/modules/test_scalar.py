@@ -385,3 +385,13 @@ def test_two_ranks_equal_one_process(strategy: str, dtype: str, tmp_path: Path) 
         assert all(two[player][name].dtype == value.dtype for name, value in weights.items())
     assert one["judge"]["head.weight"].dtype == torch.float32
     assert one["judge"]["body.embed_tokens.weight"].dtype == getattr(torch, dtype)
+
+
+def test_a_row_beyond_the_models_positions_is_refused_with_numbers() -> None:
+    model = scalar(toys.policy(0, max_position_embeddings=8))
+    ids = torch.full((2, 12), 3)
+    mask = torch.arange(12) < torch.tensor([[8], [2]])
+    assert model.max_positions == 8 and model.scores(ids, mask).shape == (2,)  # padding is no position
+    mask[1, :9] = True
+    with pytest.raises(ValueError, match="a row of 9 tokens is longer than the scalar model's 8 positions"):
+        model.scores(ids, mask)

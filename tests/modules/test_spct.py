@@ -20,14 +20,16 @@ import torch
 from judged import GOOD, write_benchmark
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_onpolicy.callbacks.completions import CompletionWriter
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.cli import main
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.judging.backends import CallableBackend
 from lightning_onpolicy.datamodules.judging.formats import FORMATS
+from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
-from lightning_onpolicy.datamodules.judging.records import read_records
+from lightning_onpolicy.datamodules.judging.records import JudgeSample, read_records
 from lightning_onpolicy.datamodules.judging.rejection import item_row
 from lightning_onpolicy.datamodules.judging.source import JudgeSource
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
@@ -213,6 +215,26 @@ def test_a_number_of_kept_samples_needs_a_meta_model() -> None:
         JudgingSpec(k=4, k_meta=5)
 
 
+def test_settings_without_an_effect_are_named() -> None:
+    with pytest.raises(ValueError, match="give them to the backend"):
+        scripted(judging=JudgingSpec(sampling=Sampling(max_new_tokens=7)))
+    with pytest.raises(ValueError, match="reading says how the meta model reads"):
+        scripted(reading=MetaReading())
+
+
+def test_scores_of_files_are_strict_json_whatever_the_meta_model_and_the_judge_say(tmp_path: Path) -> None:
+    item = judges.items(1)[0]
+    sample = JudgeSample((0, 1, 2), "ok", (1, 2, 3), float("nan"), "\ud800")
+    row = scripted()._row(item, [sample])
+    assert row["samples"][0]["meta"] is None and json.dumps(row, allow_nan=False)
+    writer = CompletionWriter(str(tmp_path / "out.jsonl"))
+    run = trainer(tmp_path)
+    writer.on_predict_start(run, scripted())
+    writer.write_on_batch_end(run, scripted(), [row], None, None, 0, 0)
+    writer.on_predict_end(run, scripted())
+    assert json.loads((tmp_path / "out.jsonl").read_text())["samples"][0]["text"] == "\ud800"
+
+
 def test_a_report_without_a_judge_says_what_goes_with_it(tmp_path: Path) -> None:
     report = JudgeReport(str(tmp_path))
     with pytest.raises(TypeError, match="goes with SPCTReward and JudgingDataModule"):
@@ -288,7 +310,8 @@ def test_two_ranks_judge_every_item_once_and_train_on_whole_groups(
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for name in ("records.jsonl", "sweep.csv", "tables.txt"):
-        assert (two / "report" / name).read_text() == (one / "report" / name).read_text(), name
+        for folder in ("report", "few"):
+            assert (two / folder / name).read_text() == (one / folder / name).read_text(), (folder, name)
     ranks = [json.loads((two / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     assert ranks[0]["metrics"]["train/scored"] == 1

@@ -77,6 +77,15 @@ def test_a_cut_answer_is_its_own_outcome() -> None:
         parse_scores("", 0)
 
 
+@pytest.mark.parametrize(("finished", "outcome"), [(True, "missing"), (False, "truncated")])
+def test_a_thinking_that_never_ends_has_no_scores(finished: bool, outcome: Outcome) -> None:
+    thinking = "\n<think> Perhaps " + BOX % "9, 1" + "? Let me see"
+    assert parse_scores(thinking, 2, finished=finished).outcome == outcome
+    assert parse_scores(thinking, 2, finished=finished, think_end=None).scores == (9, 1)
+    quoted = "Answer 1 begins with <think>. " + BOX % "2, 5"
+    assert parse_scores(quoted, 2, finished=finished).scores == (2, 5)
+
+
 def test_a_box_inside_a_quoted_response_is_not_the_judges() -> None:
     quoted = "Answer 2 says \\boxed{10, 1}. " + BOX % "3, 7"
     assert parse_scores(quoted, 2).scores == (3, 7)

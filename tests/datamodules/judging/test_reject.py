@@ -10,8 +10,10 @@ from typing import Any
 import judges
 import pytest
 
+from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.judging.backends import CallableBackend
 from lightning_onpolicy.datamodules.judging.predicate import is_right
+from lightning_onpolicy.datamodules.judging.prompts import GROUP, JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 from lightning_onpolicy.datamodules.judging.reject import RejectSettings, main, reject
 from lightning_onpolicy.datamodules.judging.rejection import Counts, counted, is_easy, item_row, kept
@@ -129,6 +131,37 @@ def test_another_runs_folder_is_refused_with_the_setting_that_differs(file: Path
         reject(settings(file, samples=5), io.StringIO())
     with pytest.raises(ValueError, match="items differ"):
         reject(settings(file, limit=3), io.StringIO())
+
+
+def test_a_template_that_was_edited_is_another_run(file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jinja"
+    mine.write_text(resolve_asset(GROUP).read_text())
+    template = JudgeTemplate(str(mine))
+    reject(settings(file, template=template), io.StringIO())
+    reject(settings(file, template=template), io.StringIO())
+    mine.write_text("Be strict. " + mine.read_text())
+    assert template.render(judges.items(1)[0], (0, 1, 2)).startswith("Be strict.")
+    with pytest.raises(ValueError, match="another run: template differ"):
+        reject(settings(file, template=template), io.StringIO())
+
+
+def test_who_was_not_answered_is_asked_again_and_is_no_wrong_judgement(file: Path) -> None:
+    inner, silent = judges.noisy(0.6), {"question 3", "question 11"}
+
+    def judge(prompt: str, seed: int) -> str | None:
+        return None if any(f"user: {question}\n" in prompt for question in silent) else inner(prompt, seed)
+
+    said = io.StringIO()
+    counts = reject(settings(file, backend=CallableBackend(judge)), said)
+    assert counts.items == 18 and counts.unreadable == 0 and "2 items were not answered" in said.getvalue()
+    assert not any(row["outcome"] == "unanswered" for row in rows(file.parent / "out", "trajectories.jsonl"))
+    silent.clear()
+    said = io.StringIO()
+    assert reject(settings(file, backend=CallableBackend(judge)), said).items == 20
+    assert "18 of them judged already" in said.getvalue() and "not answered" not in said.getvalue()
+    nobody = CallableBackend(lambda prompt, seed: None)
+    with pytest.raises(RuntimeError, match="no item was answered"):
+        reject(settings(file, out=str(file.parent / "nobody"), backend=nobody), io.StringIO())
 
 
 @pytest.mark.parametrize("key", ["samples", "items_per_batch", "limit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def test_a_passing_fault_is_asked_again_with_another_seed(fault: str) -> None:
 def test_what_stays_broken_is_none_and_the_rest_is_there() -> None:
     with TeacherServer({"p2": ["half_json"]}) as server:
         judge = backend(server, retries=1)
-        assert [[r is None for r in group] for group in judge.complete(REQUESTS)] == [[False] * 3, [True]]
+        with pytest.warns(UserWarning, match="malformed"):
+            found = judge.complete(REQUESTS)
+    assert [[r is None for r in group] for group in found] == [[False] * 3, [True]]
     assert judge.faults["malformed"] == 2
 
 
@@ -64,7 +67,8 @@ def test_a_server_that_never_answers_costs_the_deadline() -> None:
     with TeacherServer(seconds=30.0) as server:
         judge = backend(server, timeout_s=60.0, deadline_s=1.0)
         start = time.monotonic()
-        assert judge.complete(REQUESTS) == [[None] * 3, [None]]
+        with pytest.warns(UserWarning, match="deadline_s=1"):
+            assert judge.complete(REQUESTS) == [[None] * 3, [None]]
         assert time.monotonic() - start < 10
     assert judge.faults["deadline"] == 4
 
@@ -120,3 +124,85 @@ def test_an_event_loop_that_runs_already_is_no_hindrance() -> None:
 def test_settings_out_of_range_are_named(key: str) -> None:
     with pytest.raises(ValueError, match=key):
         ServerBackend("http://127.0.0.1:1/v1", "judge", **{key: -1})  # type: ignore[arg-type]
+
+
+def test_an_answer_after_a_fault_is_in_the_cache_too(tmp_path: Path) -> None:
+    cache = str(tmp_path / "judge.sqlite")
+    with TeacherServer({"p2": ["error:500", "answer"]}) as server:
+        replies = backend(server, cache=cache).complete(REQUESTS)
+        asked = len(server.requests)
+        assert (
+            backend(server, cache=cache).complete(REQUESTS) == replies and len(server.requests) == asked == 5
+        )
+
+
+def test_equal_samples_of_one_call_are_asked_once_and_have_equal_answers() -> None:
+    with TeacherServer() as server:  # whose answers all differ
+        one, other, more = backend(server).complete(
+            [REQUESTS[0], REQUESTS[0], dataclasses.replace(REQUESTS[0], n=4)]
+        )
+    assert one == other == more[:3] and len({reply.text for reply in more if reply}) == 4
+    assert len(server.requests) == 4
+
+
+def test_a_backend_that_was_closed_goes_on(tmp_path: Path) -> None:
+    """A datamodule closes its rewards after each stage, and fit is followed by test."""
+    with TeacherServer() as server:
+        judge = backend(server, cache=str(tmp_path / "judge.sqlite"))
+        replies = judge.complete(REQUESTS)
+        judge.close()
+        judge.close()
+        assert judge.complete(REQUESTS) == replies and len(server.requests) == 4
+
+
+def test_what_is_lost_is_said_once_with_the_servers_words() -> None:
+    with TeacherServer({"p2": ["error:400:context_length_exceeded"]}) as server:
+        judge = backend(server)
+        with pytest.warns(UserWarning, match=r"unanswered \(rejected\): HTTP 400: .*context_length_exceeded"):
+            assert judge.complete(REQUESTS)[1] == [None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert judge.complete(REQUESTS)[1] == [None]
+    assert (
+        judge.faults["rejected"] == 2 and len(server.requests) == 8
+    )  # what is not accepted is not sent again
+
+
+def test_a_server_that_accepts_nothing_at_all_is_an_error() -> None:
+    with TeacherServer({"*": ["error:400"]}) as server:
+        judge = backend(server)
+        with pytest.warns(UserWarning, match="rejected"):
+            judge.complete([JudgeRequest("one that is too long", 32, 0)])
+        with pytest.raises(RuntimeError, match=r"cannot be asked \(rejected\): HTTP 400"):
+            judge.complete([JudgeRequest(f"p{i}", 8, 0) for i in range(16)])
+    with TeacherServer({"long": ["error:400"]}) as server:
+        judge = backend(server)
+        with pytest.warns(UserWarning, match="rejected"):
+            assert judge.complete([JudgeRequest("short", 1, 0), JudgeRequest("long", 150, 0)])[0] != [None]
+
+
+def test_all_of_the_sampling_is_sent_and_nothing_that_is_not_set() -> None:
+    with TeacherServer() as server:
+        body = backend(server).body(REQUESTS[0], 0)
+        assert set(body) == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+        sampling = Sampling(top_k=5, min_p=0.1, min_new_tokens=3, stop=("x",), stop_token_ids=(7,))
+        body = backend(server, sampling=sampling).body(REQUESTS[0], 0)
+    keys = ("top_k", "min_p", "min_tokens", "stop", "stop_token_ids")
+    assert [body[key] for key in keys] == [5, 0.1, 3, ["x"], [7]]
+
+
+def test_keys_of_the_body_can_be_replaced_but_not_those_that_tell_samples_apart() -> None:
+    with TeacherServer() as server:
+        extra = {"max_tokens": None, "max_completion_tokens": 99}
+        body = backend(server, extra=extra).body(REQUESTS[0], 0)
+        assert "max_tokens" not in body and body["max_completion_tokens"] == 99
+        for key in ("seed", "n", "stream", "messages"):
+            with pytest.raises(ValueError, match=key):
+                backend(server, extra={key: 1})
+
+
+def test_an_address_with_a_secret_is_refused() -> None:
+    """It would be written into the settings of ``onpolicy reject``."""
+    with pytest.raises(ValueError, match="without user, password") as error:
+        ServerBackend("http://me:hunter2@127.0.0.1:1/v1", "judge")
+    assert "hunter2" not in str(error.value)

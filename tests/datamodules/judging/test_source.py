@@ -10,7 +10,7 @@ import judges
 import pytest
 
 from lightning_onpolicy.datamodules.given import group_of
-from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
+from lightning_onpolicy.datamodules.judging.module import ItemLoader, JudgingDataModule
 from lightning_onpolicy.datamodules.judging.rejection import item_row
 from lightning_onpolicy.datamodules.judging.source import JudgeSource, cases_of, read_items
 from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward, ReadableReward
@@ -116,6 +116,12 @@ def test_labelled_items_are_a_benchmark(tmp_path: Path, file: Path) -> None:
         {**GOOD, "responses": ["3"], "labels": [0]},
     )
     assert [(c.kind, c.correct) for c in cases_of(single)] == [("single", (0,)), ("single", ())]
+
+
+def test_a_rank_without_items_has_one_empty_batch() -> None:
+    """Lightning refuses a loader without batches, and the other ranks would wait for this one in the report."""
+    assert [len(batch) for batch in ItemLoader([], 4)] == [0] and len(ItemLoader([], 4)) == 1
+    assert [len(batch) for batch in ItemLoader(range(5), 4)] == [4, 1] and len(ItemLoader(range(5), 4)) == 2
 
 
 def test_the_data_module_shares_out_whole_items(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,13 @@ def test_equal_texts_are_shown_once_and_get_equal_scores() -> None:
 
     [scores] = reward(judge, k=8).score([group])
     assert set(seen) == {2} and scores == [scores[0], scores[1], scores[0], scores[1], scores[0]]
+
+
+def test_an_empty_completion_and_one_that_was_cut_are_judged_like_any_other() -> None:
+    whole = group_of({"prompt": "q"}, "", "bbb", "cccccc")
+    cut = tuple(dataclasses.replace(c, finish="length") for c in whole.completions)
+    judge = reward(lambda prompt, seed: "\\boxed{4, 4, 4}")
+    assert judge.score([whole]) == judge.score([dataclasses.replace(whole, completions=cut)]) == [[1 / 3] * 3]
 
 
 def test_a_group_keeps_its_scores_whatever_is_judged_beside_it() -> None:
