@@ -1,7 +1,7 @@
 """A policy paid by the trained judge against one paid by the rule: does it get better by the rule, or fool the judge?
 
     python benchmarks/spct.py                # trains the judges
-    python benchmarks/spct_policy.py         # both arms, three seeds, each seed with its own judge
+    python benchmarks/spct_policy.py         # both arms, one seed; each seed with its own judge
     python benchmarks/spct_policy.py --report
 
 The quickstart's student learns sums that the judge was not trained on (`quickstart/spct_policy`). Judge and rule score
@@ -105,6 +105,8 @@ def report(work: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _ends(name: str, values: Sequence[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {name: round(values[0], 4)}
     x = t_interval(torch.tensor(values, dtype=torch.float64))
     return {name: round(x.mean, 4), f"{name}_low": round(x.low, 4), f"{name}_high": round(x.high, 4)}
 
@@ -136,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--judges", type=Path, default=Path("runs/spct-study"), help="--work of spct.py")
     parser.add_argument("--work", type=Path, default=Path("runs/spct-policy-study"))
