@@ -23,7 +23,8 @@ EFFECTS = {
     "vote of 8 − one sample, trained": (("rl", "8"), ("rl", "1")),
     "best 4 of 8 by the meta model − vote of 8, before": (("base", "8/4"), ("base", "8")),
     "best 4 of 8 by the meta model − vote of 8, trained": (("rl", "8/4"), ("rl", "8")),
-    "best 2 of 4 by the meta model − vote of 4, before": (("base", "4/2"), ("base", "4")),
+    "the best of 8 by the meta model − one sample, before": (("base", "8/1"), ("base", "1")),
+    "best 4 of 8 by the meta model − vote of 4, before": (("base", "8/4"), ("base", "4")),
 }
 
 
@@ -109,8 +110,8 @@ def _draw(records: Sequence[dict[str, Any]], path: Path) -> None:
                 xs, ys = [start + x for x, _ in points], [y for _, y in points]
                 right.plot(xs, ys, style, color=f"C{number}", label=label)
                 start = xs[-1]
-    right.set_xlabel("optimizer steps: fine-tuning, then reinforcement")
-    right.set_ylabel("right on held-out items, one sample")
+    right.set_xlabel("batches: fine-tuning, then reinforcement")
+    right.set_ylabel("rule's reward (±1) on held-out items, one sample")
     right.legend(frameon=False, fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.25)
