@@ -71,7 +71,7 @@ def run(seed: int, records: Path, work: Path) -> None:
         return place
 
     reject = ("reject", "-c", "quickstart/spct_reject", f"--seed={seed}")
-    found = {"base": evaluated("base", JUDGE)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     stage("reject", *reject, f"--out={folder / 'own'}")
     rft = (
         trained("rft", "spct_rft", f"{DATA}train.init_args.path={folder / 'own' / 'tuning.jsonl'}") / "export"
@@ -100,6 +100,8 @@ def run(seed: int, records: Path, work: Path) -> None:
         f"{DATA}path={json.dumps(paths)}",
     )
     found["rl"] = evaluated("rl-eval", rl / "export", f"{MODEL}meta={folder / 'meta' / 'export'}")
+    # The same samples once more, with scores of the meta model, which has learned from such ones too.
+    found["base"] = evaluated("base-meta", JUDGE, f"{MODEL}meta={folder / 'meta' / 'export'}")
     record = {
         "seed": seed,
         "seconds": seconds,

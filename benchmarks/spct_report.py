@@ -21,8 +21,9 @@ EFFECTS = {
     "reinforcement − fine-tuning, one sample": (("rl", "1"), ("rft", "1")),
     "vote of 8 − one sample, before": (("base", "8"), ("base", "1")),
     "vote of 8 − one sample, trained": (("rl", "8"), ("rl", "1")),
-    "best 4 of 8 by the meta model − vote of 8": (("rl", "8/4"), ("rl", "8")),
-    "best 8 of 16 by the meta model − vote of 16": (("rl", "16/8"), ("rl", "16")),
+    "best 4 of 8 by the meta model − vote of 8, before": (("base", "8/4"), ("base", "8")),
+    "best 4 of 8 by the meta model − vote of 8, trained": (("rl", "8/4"), ("rl", "8")),
+    "best 2 of 4 by the meta model − vote of 4, before": (("base", "4/2"), ("base", "4")),
 }
 
 
@@ -37,7 +38,7 @@ def report(folder: Path) -> str:
         raise ValueError(f"{folder} holds {len(records)} records, intervals need two.")
     rows: list[dict[str, Any]] = []
     for stage, label in STAGES.items():
-        for key in [*map(str, KS), *(("8/4", "16/8") if stage == "rl" else ())]:
+        for key in [*map(str, KS), *(("8/4", "16/8") if stage != "rft" else ())]:
             rows.append(
                 _row(
                     f"{label}, k = {key.replace('/', ', k_meta = ')}",
@@ -85,7 +86,9 @@ def _draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     lines = [(STAGES[stage], stage, [(k, str(k)) for k in KS]) for stage in STAGES]
-    lines.append(("better half by the meta model", "rl", [(k, f"{k}/{k // 2}") for k in KS if k > 1]))
+    for stage in ("base", "rl"):
+        label = f"{STAGES[stage]}, better half by the meta model"
+        lines.append((label, stage, [(k, f"{k}/{k // 2}") for k in KS if k > 1]))
     for label, stage, points in lines:
         found = [_row(label, [_score(r, stage, key) for r in records]) for _, key in points]
         ks = [k for k, _ in points]

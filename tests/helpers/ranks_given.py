@@ -55,7 +55,7 @@ def made(method: str) -> tuple[pl.LightningModule, pl.LightningDataModule]:
 
 
 def run(strategy: str, method: str, folder: Path, path: Path | None = None) -> dict[str, Any]:
-    """Weights and each step's metrics. The first step's checkpoint goes to ``path``; one that is there goes on."""
+    """Weights and each step's metrics. The first step's checkpoint goes to ``path``, or is gone on from."""
     pl.seed_everything(0, verbose=False)
     module, data = made(method)
     trainer, spy = ranks_fit.trainer(strategy, 1, folder), Spy()
