@@ -56,7 +56,11 @@ ARMS: Mapping[str, tuple[str, str, Flags]] = {
     "frozen": ("GAD, frozen discriminator", "gad", {**GAD, MODEL + "gate": {"high": 0.0}}),
     "replay": ("GAD, replay", "gad", {**GAD, MODEL + "replay": {"capacity": 2048, "share": 0.5}}),
     "kl": ("GAD, KL 0.05", "gad", {**GAD, MODEL + "kl": {"coef": 0.05, "gradient": "forward"}}),
-    "dpo": ("DPO, β 0.1, a third of the rate", "dpo", {**SEQKD, MODEL + "optimizer.init_args.lr": LR / 3}),
+    "dpo": (
+        "DPO, β 0.1, a third of the rate",
+        "dpo",
+        {**SEQKD, MODEL + "beta": 0.1, MODEL + "optimizer.init_args.lr": LR / 3},
+    ),
 }
 MONITORS = (
     "accuracy",
