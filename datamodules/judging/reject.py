@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -123,12 +124,13 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     _same_run(folder / SETTINGS, settings.fixed(items))
-    done = _complete(folder / TRAJECTORIES, settings.samples + settings.hinted)
+    with _alone(folder / TRAJECTORIES):
+        done = _complete(folder / TRAJECTORIES, settings.samples + settings.hinted)
     todo = [item for item in items if item.uid not in done]
     judges = [_judge(settings, settings.samples)] + ([_judge(settings, 1)] if settings.hinted else [])
     _tell(say, f"{len(items)} items, {len(items) - len(todo)} of them judged already.")
     missing = 0
-    with (folder / TRAJECTORIES).open("a", encoding="utf-8", errors="backslashreplace") as out:
+    with _alone(folder / TRAJECTORIES) as out:
         for start in range(0, len(todo), settings.items_per_batch):
             chunk = todo[start : start + settings.items_per_batch]
             drawn = [
@@ -155,6 +157,23 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
             f"no item was answered, so there is nothing to keep in {folder}: is the judge there?"
         )
     return _write(folder, settings.template, say)
+
+
+def _alone(file: Path) -> TextIO:
+    """The file to append to, locked: two runs in one folder would judge the same items twice.
+
+    Raises:
+        OSError: If another process writes it.
+    """
+    out = file.open("a", encoding="utf-8", errors="backslashreplace")
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        out.close()
+        raise OSError(
+            f"{file} is being written by another process: wait for it, or name another out."
+        ) from None
+    return out
 
 
 def _judge(settings: RejectSettings, k: int) -> Judge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_who_was_not_answered_is_asked_again_and_is_no_wrong_judgement(file: Pat
     nobody = CallableBackend(lambda prompt, seed: None)
     with pytest.raises(RuntimeError, match="no item was answered"):
         reject(settings(file, out=str(file.parent / "nobody"), backend=nobody), io.StringIO())
+
+
+def test_two_runs_in_one_folder_at_a_time_are_refused(file: Path) -> None:
+    """Catches: items that are judged by both, and stand in the file twice."""
+    reject(settings(file), io.StringIO())
+    with (file.parent / "out" / "trajectories.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="being written by another process"):
+            reject(settings(file), io.StringIO())
+    reject(settings(file), io.StringIO())
 
 
 @pytest.mark.parametrize("key", ["samples", "items_per_batch", "limit"])
