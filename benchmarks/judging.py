@@ -26,10 +26,10 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 from common import hardware, synchronize, write_results
 
-from lightning_onpolicy.datamodules import EngineBackend, Judge, JudgeTemplate, Sampling
+from lightning_onpolicy.datamodules import Judge, JudgeTemplate, Sampling
 from lightning_onpolicy.datamodules.judging.backends import JudgeRequest, Reply
 from lightning_onpolicy.datamodules.judging.source import read_items
-from lightning_onpolicy.modules import ModelSpec
+from lightning_onpolicy.modules import EngineBackend, ModelSpec
 
 RESULTS = Path(__file__).parent / "results"
 K = 8

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lightning_onpolicy.datamodules.dynamic import DynamicSampling as DynamicSampling
     from lightning_onpolicy.datamodules.gym import GymSource as GymSource
     from lightning_onpolicy.datamodules.judging.backends import CallableBackend as CallableBackend
-    from lightning_onpolicy.datamodules.judging.backends import EngineBackend as EngineBackend
     from lightning_onpolicy.datamodules.judging.judge import Judge as Judge
     from lightning_onpolicy.datamodules.judging.meta import MetaReading as MetaReading
     from lightning_onpolicy.datamodules.judging.module import JudgingDataModule as JudgingDataModule
@@ -50,7 +49,6 @@ __getattr__, __dir__, __all__ = attach(
         "DatasetSource": "sources",
         "DomainMix": "mix",
         "DynamicSampling": "dynamic",
-        "EngineBackend": "judging.backends",
         "EvaluationLoader": "loader",
         "FileSource": "sources",
         "Group": "batch",

@@ -12,6 +12,7 @@ from lightning_onpolicy._lazy import attach
 if TYPE_CHECKING:
     from lightning_onpolicy.modules.discriminator import GADDiscriminator as GADDiscriminator
     from lightning_onpolicy.modules.distill import OnPolicyDistill as OnPolicyDistill
+    from lightning_onpolicy.modules.engine_backend import EngineBackend as EngineBackend
     from lightning_onpolicy.modules.gad import GAD as GAD
     from lightning_onpolicy.modules.gad_generator import GADGenerator as GADGenerator
     from lightning_onpolicy.modules.grpo import ProRLGRPO as ProRLGRPO
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "EngineBackend": "engine_backend",
         "GAD": "gad",
         "GADDiscriminator": "discriminator",
         "GADGenerator": "gad_generator",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch, Sampling
-from lightning_onpolicy.datamodules.judging.backends import JUDGING, EngineBackend, JudgeBackend
+from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend
 from lightning_onpolicy.datamodules.judging.cases import EvalCase
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
@@ -26,6 +26,7 @@ from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged, plain_sample
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
+from lightning_onpolicy.modules.engine_backend import EngineBackend
 from lightning_onpolicy.modules.grpo import ProRLGRPO
 from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer
 from lightning_onpolicy.modules.policy import Policy

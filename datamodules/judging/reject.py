@@ -98,7 +98,10 @@ def main(args: Sequence[str]) -> int:
     import lightning_onpolicy.datamodules as datamodules
 
     logging.disable_progress_bar()  # one bar per file of weights
-    for name in ("CallableBackend", "EngineBackend", "ServerBackend"):  # known by their short names
+    for name in (
+        "CallableBackend",
+        "ServerBackend",
+    ):  # known by their short names, as what the command imports
         getattr(datamodules, name)
     parser = ArgumentParser(prog="onpolicy reject", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="File or packaged name; several are merged.")

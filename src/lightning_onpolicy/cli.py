@@ -79,6 +79,7 @@ def _run(args: list[str]) -> None:
 
         raise SystemExit(collect(args[1:]))
     if command == "reject":
+        import lightning_onpolicy.modules.engine_backend  # noqa: F401 (known by its short name)
         from lightning_onpolicy.datamodules.judging.reject import main as reject
 
         raise SystemExit(reject(resolve_configs(args)[1:]))

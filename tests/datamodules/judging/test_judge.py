@@ -20,7 +20,6 @@ import pytest
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.judging.backends import (
     CallableBackend,
-    EngineBackend,
     JudgeBackend,
     JudgeRequest,
     Reply,
@@ -32,6 +31,7 @@ from lightning_onpolicy.datamodules.judging.records import JudgeSample
 from lightning_onpolicy.datamodules.judging.server import ServerBackend
 from lightning_onpolicy.datamodules.judging.votes import vote
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
+from lightning_onpolicy.modules.engine_backend import EngineBackend
 
 
 class Recorder(JudgeBackend):

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_onpolicy.datamodules.batch import Group
 from lightning_onpolicy.datamodules.given import group_of
-from lightning_onpolicy.datamodules.judging.backends import CallableBackend, EngineBackend
+from lightning_onpolicy.datamodules.judging.backends import CallableBackend
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
@@ -21,6 +21,7 @@ from lightning_onpolicy.datamodules.judging.votes import meta_vote
 from lightning_onpolicy.datamodules.rewards.base import Reward, is_concurrent
 from lightning_onpolicy.datamodules.rewards.generative import GenerativeReward
 from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward
+from lightning_onpolicy.modules.engine_backend import EngineBackend
 
 GROUPS = [group_of({"prompt": f"q{i}"}, "a" * (i + 1), "bbb", "cccccc") for i in range(4)]
 
