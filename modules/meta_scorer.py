@@ -25,8 +25,9 @@ class MetaRewardScorer(FrozenScalar, MetaScorer):
 
     Example:
         >>> from lightning_onpolicy.modules import ModelSpec
-        >>> policy = ModelSpec("onpolicy://quickstart/models/student", dtype="float32").load()
-        >>> scorer = MetaRewardScorer(ScalarModel.copy_of(policy))  # an untrained head: 0 for every judgement
+        >>> policy = ModelSpec("onpolicy://quickstart/models/judge", dtype="float32").load()
+        >>> reading = MetaReading("onpolicy://quickstart/judge.jinja")
+        >>> scorer = MetaRewardScorer(ScalarModel.copy_of(policy), reading)  # an untrained head: 0 for everything
         >>> item = JudgeItem(({"role": "user", "content": "1+1="},), ("2", "3"))
         >>> samples = [JudgeSample((0, 1), "ok", (9, 2), text="9, 2"), JudgeSample((1, 0), "missing", text="?")]
         >>> scorer.score([item, item], samples)
