@@ -112,6 +112,11 @@ def test_equal_prompts_share_their_answers(run: Any) -> None:
     assert rows[0]["responses"] == rows[2]["responses"]
 
 
+def patience(word: str) -> float:
+    """Seconds per request: short only where the test is about that, for a busy machine answers late."""
+    return 2.0 if word.startswith("slow") else 20.0
+
+
 @pytest.mark.parametrize(
     ("word", "kind"),
     [
@@ -125,7 +130,7 @@ def test_equal_prompts_share_their_answers(run: Any) -> None:
         ("html", "malformed"),
         ("other_shape", "malformed"),
         ("no_choices", "no_choices"),
-        ("slow:0.01", "timeout"),
+        ("slow:0.02", "timeout"),
     ],
 )
 def test_passing_failures_are_counted_and_sent_again_by_one_layer_alone(
@@ -133,16 +138,16 @@ def test_passing_failures_are_counted_and_sent_again_by_one_layer_alone(
 ) -> None:
     """Catches: the client retrying beneath us (requests would multiply), a failure that ends its row or the others."""
     with TeacherServer({PROMPTS[2]: [word, word, "answer"]}) as server:
-        assert run(server.url, PROMPTS, retries=2, timeout_s=1.0) == 0
+        assert run(server.url, PROMPTS, retries=2, timeout_s=patience(word)) == 0
         assert sorted(server.prompts()) == sorted([*PROMPTS, PROMPTS[2], PROMPTS[2]])
     assert len(run.rows()) == 6 and not run.failed()
     assert f"requests without an answer: 2 {kind}" in run.said
 
 
-@pytest.mark.parametrize("word", ["throttle:0.01", "error:500", "cut", "half_json", "slow:0.01"])
+@pytest.mark.parametrize("word", ["throttle:0.01", "error:500", "cut", "half_json", "slow:0.02"])
 def test_failures_that_do_not_pass_give_up_their_row_and_no_other(word: str, run: Any) -> None:
     with TeacherServer({PROMPTS[2]: [word]}) as server:
-        assert run(server.url, PROMPTS, retries=2, timeout_s=1.0) == 3
+        assert run(server.url, PROMPTS, retries=2, timeout_s=patience(word)) == 3
         assert server.prompts().count(PROMPTS[2]) == 3, "retries + 1, and not a power of it"
         assert len(server.requests) == 8
         [failed] = run.failed()
