@@ -289,10 +289,11 @@ def test_two_ranks_judge_every_item_once_and_train_on_whole_groups(
         folder.mkdir()
     ranks_spct.run(one, file, Path(short.path), "auto", 1)
     script = Path(ranks_spct.__file__)
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = [
+        str(script.parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # an empty entry is the folder itself
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [
         sys.executable,
         "-m",
