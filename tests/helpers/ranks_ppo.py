@@ -49,7 +49,7 @@ class Share:
 def run(strategy: str, lora: bool) -> dict[str, Any]:
     """Weights of both players, where they began, and metrics after ``STEPS`` batches."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    torch.manual_seed(6)  # of the critic's adapters
+    torch.manual_seed(6)  # of adapters
     policy = ranks.student(False, lora)
     spec = CriticSpec(warmup=1, bootstrap="value", updates=2, lora=LoraSpec(r=2) if lora else None)
     module = ProRLGRPO(
@@ -62,6 +62,14 @@ def run(strategy: str, lora: bool) -> dict[str, Any]:
         critic=spec,
         critic_optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
     )
+    build = module.configure_model
+
+    def seeded() -> None:
+        """Right before the critic's adapters are drawn: whatever else draws numbers in this process."""
+        torch.manual_seed(6)
+        build()
+
+    module.configure_model = seeded  # type: ignore[method-assign]
     torch.manual_seed(6)
     start = {"policy": policy.state_dict(), "critic": spec.build(policy).state_dict()}
     start = {player: {k: v.clone() for k, v in state.items()} for player, state in start.items()}
