@@ -127,13 +127,12 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     _same_run(folder / SETTINGS, settings.fixed(items))
-    with _alone(folder / TRAJECTORIES):
-        done = _complete(folder / TRAJECTORIES, settings.samples + settings.hinted)
-    todo = [item for item in items if item.uid not in done]
     judges = [_judge(settings, settings.samples)] + ([_judge(settings, 1)] if settings.hinted else [])
-    _tell(say, f"{len(items)} items, {len(items) - len(todo)} of them judged already.")
     missing = 0
-    with _alone(folder / TRAJECTORIES) as out:
+    with _alone(folder / TRAJECTORIES) as out:  # from looking what is there until the last is written
+        done = _complete(folder / TRAJECTORIES, settings.samples + settings.hinted)
+        todo = [item for item in items if item.uid not in done]
+        _tell(say, f"{len(items)} items, {len(items) - len(todo)} of them judged already.")
         for start in range(0, len(todo), settings.items_per_batch):
             chunk = todo[start : start + settings.items_per_batch]
             drawn = [
