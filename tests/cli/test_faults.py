@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import toys
 import yaml
-from workspace import Batches, onpolicy, workspace
+from workspace import Batches, Deaf, onpolicy, workspace
 
 STOPPING_S = 30  # a generous "within seconds", for a loaded machine
 
@@ -158,6 +159,38 @@ def test_a_run_goes_on_when_a_verifier_hangs(place: Path, tmp_path: Path) -> Non
         assert bool((batch.rewards[[0, 2, 3, 4, 5]] == 1).all())
 
 
+@pytest.fixture
+def hears_sigint() -> Iterator[None]:
+    """SIGINT raises ``KeyboardInterrupt`` here, also where the tests run in a script's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_sigint")
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_an_interrupt_that_was_dropped_is_raised_again(command: str, place: Path, tmp_path: Path) -> None:
+    flags = [
+        "--trainer.callbacks=workspace.Deaf",
+        "--data.init_args.eval_prompts_per_batch=3",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    assert onpolicy(command, "-c", place / "run.yaml", *flags) == 130
+    assert Deaf.batches == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_interrupt_stays_ignored(place: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        flags = ["--trainer.callbacks=workspace.Deaf", f"--trainer.default_root_dir={tmp_path}"]
+        assert onpolicy("fit", "-c", place / "run.yaml", *flags) == 0
+        assert Deaf.batches == 3  # two of training, one of validation
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def children(pid: int) -> list[int]:
     """Processes whose parent is ``pid`` (Linux)."""
     found = []
@@ -175,6 +208,7 @@ def runs(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_sigint")  # a signal that is ignored here would be in the run, too
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_a_checkpoint_and_no_process(
