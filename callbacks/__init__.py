@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_onpolicy.callbacks.completions import CompletionWriter as CompletionWriter
     from lightning_onpolicy.callbacks.evaluation_report import EvaluationReport as EvaluationReport
     from lightning_onpolicy.callbacks.export import ExportHF as ExportHF
+    from lightning_onpolicy.callbacks.interruptible import Interruptible as Interruptible
     from lightning_onpolicy.callbacks.judge_report import JudgeReport as JudgeReport
     from lightning_onpolicy.callbacks.monitors import MismatchMonitor as MismatchMonitor
     from lightning_onpolicy.callbacks.monitors import PhaseMonitor as PhaseMonitor
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = attach(
         "EveryNSteps": "triggers",
         "ExportHF": "export",
         "GameRules": "adversary_rules",
+        "Interruptible": "interruptible",
         "JudgeReport": "judge_report",
         "LearningCurve": "report",
         "MismatchMonitor": "monitors",

@@ -108,9 +108,7 @@ def _lightning_cli(args: list[str]) -> Any:
     import lightning_onpolicy.datamodules.rewards as rewards
     import lightning_onpolicy.datamodules.tools as tools
     import lightning_onpolicy.modules as modules
-    from lightning_onpolicy._interrupt import Interruptible
 
-    interruptible = Interruptible()
     for package in (
         modules,
         datamodules,
@@ -162,38 +160,37 @@ def _lightning_cli(args: list[str]) -> Any:
             parser.add_lightning_class_args(callbacks.CompletionWriter, "completions")
             parser.add_lightning_class_args(callbacks.EvaluationReport, "evaluation")
 
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(callbacks.Interruptible())  # type: ignore[attr-defined]
+            return trainer
+
         def _look_for_last(self) -> None:
             if self.config[self.subcommand].get("ckpt_path") == "last":
                 trainer: Any = self.trainer
                 trainer.callbacks.append(NoLastCheckpoint())
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(interruptible)  # type: ignore[attr-defined]
-            return trainer
 
         before_fit = before_validate = before_test = before_predict = _look_for_last
 
     # LightningCLI warns when its args differ from sys.argv's.
     before, sys.argv = sys.argv, ["onpolicy", *args]
     try:
-        with interruptible.listening():
-            return OnPolicyCLI(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                parser_class=Parser,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                seed_everything_default=0,
-                # No abbreviations: a mistyped key is an error, also where it is the beginning of another.
-                parser_kwargs={
-                    "allow_abbrev": False,
-                    **{name: {"usage": USAGE_RUN.format(name), "allow_abbrev": False} for name in COMMANDS},
-                },
-            )
+        return OnPolicyCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            # No abbreviations: a mistyped key is an error, also where it is the beginning of another.
+            parser_kwargs={
+                "allow_abbrev": False,
+                **{name: {"usage": USAGE_RUN.format(name), "allow_abbrev": False} for name in COMMANDS},
+            },
+        )
     except SIGTERMException:  # a SystemExit without a code, which would read as success
         raise SystemExit(143) from None
     except SystemExit as stop:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import toys
 import yaml
-from workspace import Batches, Deaf, onpolicy, workspace
+from workspace import Batches, onpolicy, workspace
 
 STOPPING_S = 30  # a generous "within seconds", for a loaded machine
 
@@ -165,30 +165,6 @@ def hears_sigint() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("hears_sigint")
-@pytest.mark.parametrize("command", ["fit", "validate"])
-def test_an_interrupt_that_was_dropped_is_raised_again(command: str, place: Path, tmp_path: Path) -> None:
-    flags = [
-        "--trainer.callbacks=workspace.Deaf",
-        "--data.init_args.eval_prompts_per_batch=3",
-        f"--trainer.default_root_dir={tmp_path}",
-    ]
-    assert onpolicy(command, "-c", place / "run.yaml", *flags) == 130
-    assert Deaf.batches == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_ignored_interrupt_stays_ignored(place: Path, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        flags = ["--trainer.callbacks=workspace.Deaf", f"--trainer.default_root_dir={tmp_path}"]
-        assert onpolicy("fit", "-c", place / "run.yaml", *flags) == 0
-        assert Deaf.batches == 3  # two of training, one of validation
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def children(pid: int) -> list[int]:

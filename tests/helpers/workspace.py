@@ -5,9 +5,7 @@ The classes at the end are named in configurations, as ``workspace.NAME``.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,23 +91,6 @@ class Remember(pl.Callback):
         """The module of the last run."""
         assert cls.trainer is not None
         return cls.trainer.lightning_module
-
-
-class Deaf(pl.Callback):
-    """Drops the ``KeyboardInterrupt`` of a SIGINT that comes with the first batch, and counts the batches."""
-
-    batches: ClassVar[int] = 0
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        Deaf.batches = 0
-
-    def _end(self, *_: Any) -> None:
-        Deaf.batches += 1
-        if Deaf.batches == 1:
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-
-    on_train_batch_end = on_validation_batch_end = _end
 
 
 class SleepingEngine(RolloutEngine):
