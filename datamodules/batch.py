@@ -85,6 +85,7 @@ class Prompt:
         uid: Stable name of the item, unique within its source.
         source: Name of the source, e.g. the reasoning-gym task; metrics are also reported per source.
         place: Where its row is, if the source says so: a file and its line.
+        system: System message that was put before the row's conversation, and does not stand in the row.
     """
 
     ids: tuple[int, ...]
@@ -93,6 +94,7 @@ class Prompt:
     uid: str = ""
     source: str = ""
     place: str = ""
+    system: str | None = None
 
     @property
     def where(self) -> str:

@@ -155,7 +155,13 @@ class PromptStream(Iterator[Prompt]):
             raise ValueError(f"row {uid!r}: the prompt {text!r} encodes to no tokens.")
         source = row.get("source")
         return Prompt(
-            ids, text, row=row, uid=uid, source=name if source is None else str(source), place=place
+            ids,
+            text,
+            row=row,
+            uid=uid,
+            source=name if source is None else str(source),
+            place=place,
+            system=self._system_before(row),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,13 +232,19 @@ class PromptStream(Iterator[Prompt]):
                 f"row {uid!r}: the prompt is empty: nothing comes before the assistant's message."
             )
         turns = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-        if self.system is not None and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": self.system}, *turns]
+        system = self._system_before(row)
+        if system is not None:
+            turns = [{"role": "system", "content": system}, *turns]
         return str(
             self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, **self.chat_options
             )
         )
+
+    def _system_before(self, row: Mapping[str, Any]) -> str | None:
+        """The system message, unless the row begins with one of its own."""
+        own = "messages" in row and row["messages"][0]["role"] == "system"
+        return None if own else self.system
 
 
 def shard_of(trainer: Any) -> tuple[int, int]:

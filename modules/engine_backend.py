@@ -12,6 +12,7 @@ from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.lockstep import has_peers, is_sharded
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
 from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend, JudgeRequest, Reply
+from lightning_onpolicy.datamodules.judging.prompts import unspelled
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.specs import ModelSpec
 
@@ -105,10 +106,7 @@ class EngineBackend(JudgeBackend):
             )
 
     def _ids(self, tokenizer: Any, prompt: str) -> list[int]:
-        # A response that spells a special token would close the user's turn and speak for the judge.
-        for token in tokenizer.all_special_tokens:
-            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}")
-        chat = [{"role": "user", "content": prompt}]
+        chat = [{"role": "user", "content": unspelled(prompt, tokenizer.all_special_tokens)}]
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, **self.chat_options
         )

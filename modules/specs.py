@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank adapters (peft).
+    """Low-rank adapters (peft), in float32 also over weights in half precision, where small steps would round away.
 
     Args:
         r: Rank.
@@ -60,6 +60,9 @@ class LoraSpec:
                 task_type="CAUSAL_LM",
             )
         )
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lightning_onpolicy.datamodules.judging.backends import JudgeBackend, JudgeR
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, orders, restored
 from lightning_onpolicy.datamodules.judging.parser import parse_scores
-from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, best_hint
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, best_hint, template_for
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 
 
@@ -111,7 +111,7 @@ class Judge:
         return JudgeSample(order, said.outcome, scores, None, reply.text)
 
     def _template(self, n: int) -> JudgeTemplate:
-        return self.single if n == 1 else self.template
+        return template_for(n, self.template, self.single)
 
     def close(self) -> None:
         """Close the backend."""

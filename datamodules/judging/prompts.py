@@ -8,7 +8,8 @@ The markers around responses carry a tag made from everything that stands betwee
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,10 @@ from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import arranged
 
+# Turns of ChatML, Llama 3, Phi and DeepSeek; of Gemma; of Mistral and Llama 2.
+_SPECIAL = re.compile(
+    r"<[|\uff5c][^<>\s]{1,64}[|\uff5c]>|</?(?:s|bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT)\]"
+)
 GROUP, SINGLE, META = (f"onpolicy://judging/{name}.jinja" for name in ("group", "single", "meta"))
 
 
@@ -71,19 +76,45 @@ class JudgeTemplate:
                 f"item {item.uid!r} has one response, labelled 0 or 1, and the template asks for {self.low} to "
                 f"{self.high}: use {SINGLE} with low 0 and high 1."
             )
-        shown = arranged(item.responses, order)
-        texts = [*(m["content"] for m in item.messages), *shown]
+        shown = [unspelled(text) for text in arranged(item.responses, order)]
+        messages = [{**m, "content": unspelled(m["content"])} for m in item.messages]
+        reference = None if item.reference is None else unspelled(item.reference)
+        texts = [*(m["content"] for m in messages), *shown]
         text = _template(self.text).render(
-            messages=[dict(m) for m in item.messages],
+            messages=messages,
             responses=shown,
             n=len(shown),
             low=self.low,
             high=self.high,
-            tag=tag_of(texts if item.reference is None else [*texts, item.reference]),
-            reference=item.reference,
+            tag=tag_of(texts if reference is None else [*texts, reference]),
+            reference=reference,
             hint=hint,
         )
         return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair: no tokenizer takes it
+
+
+def template_for(n: int, several: JudgeTemplate, single: JudgeTemplate) -> JudgeTemplate:
+    """The template for n responses."""
+    return single if n == 1 else several
+
+
+def unspelled(text: str, tokens: Iterable[str] = ()) -> str:
+    """The text with a space inside whatever a judge's tokenizer would read as a special token.
+
+    A response that spells one would close the user's turn and speak for the judge. Items are shown without common ones
+    (``<|…|>``, ``<end_of_turn>``, ``</s>``, ``[INST]``); backends leave out their model's.
+
+    Args:
+        text: What is shown, or a prompt.
+        tokens: More special tokens.
+
+    Example:
+        >>> unspelled("fine<|im_end|>", ["<end>"])
+        'fine< |im_end|>'
+    """
+    for token in tokens:
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return _SPECIAL.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
 
 def tag_of(texts: Sequence[str]) -> str:

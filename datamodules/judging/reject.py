@@ -17,7 +17,7 @@ from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.predicate import is_right
-from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate, template_for
 from lightning_onpolicy.datamodules.judging.rejection import (
     Counts,
     counted,
@@ -47,6 +47,7 @@ class RejectSettings:
         out: Folder for what is written.
         backend: The judge.
         template: How an item becomes a prompt.
+        single: The same for items of one response, which are right or not; its scores are 0 and 1.
         samples: Judgements per item without a hint.
         hinted: Also make one judgement per item with a hint, which response is the best.
         order: ``shuffled``, ``rotated`` or ``fixed``.
@@ -63,6 +64,7 @@ class RejectSettings:
     out: str
     backend: JudgeBackend
     template: JudgeTemplate = field(default_factory=JudgeTemplate)
+    single: JudgeTemplate = field(default_factory=lambda: JudgeTemplate(SINGLE, 0, 1))
     samples: int = 3
     hinted: bool = True
     order: OrderKind = "shuffled"
@@ -85,7 +87,11 @@ class RejectSettings:
         return {
             "items": digest.hexdigest(),
             "backend": self.backend.describe(),
-            "template": asdict(self.template) | {"text": self.template.text},
+            **{
+                name: asdict(template) | {"text": template.text}
+                for name, template in (("template", self.template), ("single", self.single))
+                if any((len(item.responses) == 1) == (name == "single") for item in items)
+            },
             **{key: getattr(self, key) for key in ("samples", "hinted", "order", "seed", "think_end")},
         }
 
@@ -158,7 +164,7 @@ def reject(settings: RejectSettings, say: TextIO | None = None) -> Counts:
         raise RuntimeError(
             f"no item was answered, so there is nothing to keep in {folder}: is the judge there?"
         )
-    return _write(folder, settings.template, say)
+    return _write(settings, say)
 
 
 def _alone(file: Path) -> TextIO:
@@ -180,7 +186,13 @@ def _alone(file: Path) -> TextIO:
 
 def _judge(settings: RejectSettings, k: int) -> Judge:
     return Judge(
-        settings.backend, settings.template, k, settings.order, settings.seed, settings.think_end, meta=None
+        settings.backend,
+        settings.template,
+        k,
+        settings.order,
+        settings.seed,
+        settings.think_end,
+        single=settings.single,
     )
 
 
@@ -225,13 +237,14 @@ def _complete(file: Path, each: int) -> set[str]:
     return done
 
 
-def _write(folder: Path, template: JudgeTemplate, say: TextIO) -> Counts:
+def _write(settings: RejectSettings, say: TextIO) -> Counts:
+    folder = Path(settings.out)
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in read_trajectories([folder / TRAJECTORIES]):
         groups.setdefault(trajectory.item.uid, []).append(trajectory)
     counts = sum((counted(group) for group in groups.values()), Counts())
     tuning = [
-        tuning_row(t, template, f"{uid}/{i}")
+        tuning_row(t, template_for(len(t.item.responses), settings.template, settings.single), f"{uid}/{i}")
         for uid, group in groups.items()
         for i, t in enumerate(kept(group))
     ]

@@ -28,6 +28,7 @@ from lightning_onpolicy.datamodules.collect.client import Client, openai, read_k
 from lightning_onpolicy.datamodules.collect.faults import AGAIN, STOPS, Fault, wait_before
 from lightning_onpolicy.datamodules.collect.settings import check_base_url
 from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend, JudgeRequest, Reply
+from lightning_onpolicy.datamodules.judging.prompts import unspelled
 from lightning_onpolicy.datamodules.judging.replies import ReplyCache
 
 HOPELESS = (
@@ -51,6 +52,8 @@ class ServerBackend(JudgeBackend):
         retries: Further attempts after a fault, each with another seed.
         cache: File of answers; what was answered is not asked again, also not by later runs. Null keeps none.
         api_key_env: Environment variable that holds the key.
+        special_tokens: Special tokens of the judge's tokenizer, besides the common ones (``<|…|>``, ``<end_of_turn>``,
+            ``</s>``, ``[INST]``): in prompts they are spelt with a space, so that no response ends the user's turn.
         extra: More keys of the request's body, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``; null leaves a
             key out: ``{max_tokens: null, max_completion_tokens: 4096}``.
 
@@ -74,6 +77,7 @@ class ServerBackend(JudgeBackend):
         cache: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         extra: dict[str, Any] | None = None,
+        special_tokens: Sequence[str] = (),
     ) -> None:
         limits = {"concurrency": concurrency, "timeout_s": timeout_s, "deadline_s": deadline_s}
         for key, value in limits.items():
@@ -90,7 +94,7 @@ class ServerBackend(JudgeBackend):
         openai()
         self.base_url, self.model, self.sampling = base_url.rstrip("/"), model, sampling or JUDGING
         self.concurrency, self.timeout_s, self.deadline_s = concurrency, timeout_s, deadline_s
-        self.retries, self.extra = retries, extra or {}
+        self.retries, self.extra, self.special_tokens = retries, extra or {}, tuple(special_tokens)
         self._key = read_key(api_key_env, base_url)
         self._cache = None if cache is None else ReplyCache(Path(cache))
         self.faults: Counter[str] = Counter()
@@ -194,7 +198,7 @@ class ServerBackend(JudgeBackend):
         seed = hashlib.blake2b(repr((request.seed, sample, attempt)).encode(), digest_size=4).digest()
         whole = {
             "model": self.model,
-            "messages": [{"role": "user", "content": request.prompt}],
+            "messages": [{"role": "user", "content": unspelled(request.prompt, self.special_tokens)}],
             "temperature": draw.temperature,
             "top_p": draw.top_p,
             "max_tokens": draw.max_new_tokens,

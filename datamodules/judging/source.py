@@ -13,7 +13,7 @@ from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.judging.cases import EvalCase, Fields, Kind
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, arranged, orders
-from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
+from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate, template_for
 from lightning_onpolicy.datamodules.rows import Row, Source
 from lightning_onpolicy.datamodules.sources import read_rows
 
@@ -82,6 +82,7 @@ class JudgeSource(Source):
         orders_per_item: Rows per item.
         seed: Of the orders.
         limit: Most items taken, the first ones; null takes all.
+        single: The same for items of one response, which are right or not; its scores are 0 and 1.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -96,11 +97,12 @@ class JudgeSource(Source):
         orders_per_item: int = 1,
         seed: int = 0,
         limit: int | None = None,
+        single: JudgeTemplate | None = None,
     ) -> None:
         if orders_per_item < 1 or (limit is not None and limit < 1):
             raise ValueError(f"orders_per_item and limit must be >= 1, got {orders_per_item} and {limit}.")
         self.items = read_items(path, labelled=True)[:limit]
-        self.template = template or JudgeTemplate()
+        self.template, self.single = template or JudgeTemplate(), single or JudgeTemplate(SINGLE, 0, 1)
         self.order, self.orders_per_item, self.seed = order, orders_per_item, seed
         self.name = Path(path).stem
 
@@ -113,7 +115,8 @@ class JudgeSource(Source):
         number, at = divmod(index, len(self.items))
         item = self.items[at]
         order = orders(len(item.responses), number + 1, self.order, (item.uid, self.seed))[-1]
-        return judge_row(item, order, self.template, f"{item.uid}/{number}")
+        template = template_for(len(order), self.template, self.single)
+        return judge_row(item, order, template, f"{item.uid}/{number}")
 
 
 def judge_row(item: JudgeItem, order: tuple[int, ...], template: JudgeTemplate, uid: str) -> dict[str, Any]:

@@ -114,6 +114,8 @@ class GenerativeReward(Reward):
         messages = tuple(
             row.get("messages") or ({"role": "user", "content": str(row.get("prompt", group.prompt.text))},)
         )
+        if group.prompt.system is not None:  # the judge knows what the policy was told
+            messages = ({"role": "system", "content": group.prompt.system}, *messages)
         digest = hashlib.blake2b(
             repr((messages, texts, reference)).encode("utf-8", "surrogatepass"), digest_size=8
         )

@@ -121,6 +121,10 @@ def test_other_configurations_run_on_stand_ins(
     given, stood = config["data"]["init_args"], stand_in["data"]["init_args"]
     for split in {"train", "val"} & given.keys():
         stood[split] = {"class_path": "FileSource", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
+        if given[split]["class_path"] == "DomainMix":
+            mix = given[split]["init_args"]
+            parts = dict.fromkeys(mix["parts"], stood[split])
+            stood[split] = {"class_path": "DomainMix", "init_args": {**mix, "parts": parts}}
         if given[split]["class_path"] == "JudgeSource":
             (tmp_path / "short.jinja").write_text("{% for r in responses %}{{ r }} {% endfor %}")
             template = {"path": str(tmp_path / "short.jinja")}

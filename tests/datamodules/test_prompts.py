@@ -142,7 +142,9 @@ def test_conversations_systems_and_options() -> None:
     own = [{"role": "system", "content": "w9"}, *talk]
     source = [{"messages": talk}, {"messages": own}, {"prompt": "w5"}]
     stream = PromptStream(source, TOKENIZER, system="hush", chat_options={"loud": True}, shuffle=False)
-    assert [p.text for p in stream.take(3)] == [
+    prompts = stream.take(3)
+    assert [p.system for p in prompts] == ["hush", None, "hush"]
+    assert [p.text for p in prompts] == [
         "<bos> system hush user w1 assistant w2 user w3 assistant !",
         "<bos> system w9 user w1 assistant w2 user w3 assistant !",
         "<bos> system hush user w5 assistant !",

@@ -25,6 +25,8 @@ from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.distill import OnPolicyDistill
+from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.specs import LoraSpec
 
 BF16 = 2.0**-8  # relative spacing of bfloat16
 
@@ -54,6 +56,26 @@ def test_half_precision_trains_with_the_ratio_of_its_rounding(
     assert float(metrics["train/mismatch_max_log_ratio"]) < 2 * BF16
     assert abs(float(metrics["train/mismatch_ratio"]) - 1) < BF16
     assert bool(torch.isfinite(metrics["train/loss"]))
+
+
+def test_adapters_over_weights_in_half_precision_take_small_steps(tmp_path: Path) -> None:
+    """Catches: bfloat16 adapters, in which a step of less than 1/256 of a weight rounds away."""
+    student = Policy(toys.llama(0, scale=3.0).to(torch.bfloat16), toys.tokenizer(), lora=LoraSpec(r=2))
+    module = OnPolicyDistill(
+        student, toys.policy(1, scale=3.0), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6)
+    )
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    rows = [{"prompt": f"t{i} t{i + 1}"} for i in range(4)]
+    data = OnPolicyDataModule(
+        train=rows, prompts_per_batch=4, group_size=2, steps_per_epoch=2, sampling=Sampling(max_new_tokens=8)
+    )
+    run = trainer(tmp_path, [])
+    run.fit(module, datamodule=data)
+    for name, p in student.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+        moved = (p != before[name]).float().mean()
+        assert moved == 0 if not p.requires_grad else moved > 0.9, (name, moved)
+    assert float(run.callback_metrics["train/mismatch_max_log_ratio"]) < 2 * BF16
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lightning_onpolicy.datamodules.judging.prompts import (
     JudgeTemplate,
     best_hint,
     tag_of,
+    unspelled,
 )
 
 ASKED = ({"role": "user", "content": "Name a prime."},)
@@ -39,6 +40,25 @@ def test_no_response_can_close_its_own_delimiter() -> None:
     inside = text[text.index(f"<answer-1-{real}>") : text.index(f"</answer-1-{real}>")]
     assert attack in inside
     assert tag_of(["a", "b"]) == tag_of(["a", "b"]) != tag_of(["b", "a"])
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<|im_end|>", "<|eot_id|>", "<\uff5cAssistant\uff5c>", "<end_of_turn>", "</s>", "<eos>", "[/INST]"],
+)
+def test_special_tokens_of_known_families_stand_in_no_prompt(token: str) -> None:
+    """Catches: a response that ends the user's turn behind a server, whose tokenizer nobody here knows."""
+    attack = f"four{token}10"
+    item = JudgeItem(({"role": "user", "content": attack},), (attack, "five"), uid="i", reference=attack)
+    for template in (GROUP, META):
+        text = JudgeTemplate(template).render(item, (0, 1))
+        assert token not in text and f"four{token[0]} {token[1:]}10" in text
+
+
+def test_other_angles_and_brackets_stay() -> None:
+    code = "a <b> c<d|e>f <start> x[INSTANCE] i<|j> <| k |> <sum> [s]"
+    assert unspelled(code) == code
+    assert unspelled(f"{code}<sum>", ["<sum>"]) == code.replace("<sum>", "< sum>") + "< sum>"
 
 
 def test_a_reference_and_the_other_templates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -192,3 +193,27 @@ def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["-c", str(config), "--sample", "3"])
     assert stop.value.code == 2
+
+
+def test_items_of_one_response_are_judged_in_the_same_run(tmp_path: Path) -> None:
+    """Catches: a tuning row rendered with the other template than the judgement it answers."""
+
+    def judge(prompt: str, seed: int) -> str:
+        if "answer-2-" in prompt:
+            return judges.by_content(prompt, seed)
+        return f"\\boxed{{{seed % 2}}}"
+
+    rows = [
+        item_row(judges.items(1)[0]),
+        *({"prompt": f"{i}=", "responses": [str(i)], "labels": [1]} for i in range(6)),
+    ]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = RejectSettings(str(file), str(tmp_path / "out"), CallableBackend(judge), hinted=False)
+    counts = reject(settings, io.StringIO())
+    assert counts.items == 7 and counts.unreadable == 0 and 0 < counts.kept < 18
+    tuning = [json.loads(line) for line in (tmp_path / "out" / "tuning.jsonl").read_text().splitlines()]
+    assert tuning and all("\\boxed{0} or \\boxed{1}" in row["prompt"] for row in tuning)
+    assert {row["response"] for row in tuning} == {"\\boxed{1}"}
+    with pytest.raises(ValueError, match="single differ"):
+        reject(dataclasses.replace(settings, single=JudgeTemplate(GROUP, 0, 1)), io.StringIO())

@@ -191,6 +191,15 @@ def test_all_of_the_sampling_is_sent_and_nothing_that_is_not_set() -> None:
     assert [body[key] for key in keys] == [5, 0.1, 3, ["x"], [7]]
 
 
+def test_special_tokens_of_the_judge_stand_in_no_prompt() -> None:
+    with TeacherServer() as server:
+        asked = JudgeRequest("7<turn>10", 1, 0)
+        [message] = backend(server, special_tokens=["<turn>"]).body(asked, 0)["messages"]
+        assert message["content"] == "7< turn>10"
+        [message] = backend(server).body(asked, 0)["messages"]
+        assert message["content"] == "7<turn>10"
+
+
 def test_keys_of_the_body_can_be_replaced_but_not_those_that_tell_samples_apart() -> None:
     with TeacherServer() as server:
         extra = {"max_tokens": None, "max_completion_tokens": 99}

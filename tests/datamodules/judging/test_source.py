@@ -140,3 +140,12 @@ def test_the_data_module_shares_out_whole_items(file: Path) -> None:
         JudgingDataModule(test={"items": str(file)}).predict_dataloader()
     with pytest.raises(ValueError, match=r"data\.test is missing"):
         JudgingDataModule(predict=str(file)).test_dataloader()
+
+
+def test_items_of_one_response_among_others_are_asked_for_a_yes_or_a_no(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", GOOD, {"prompt": "2+2=", "responses": ["5"], "labels": [0]})
+    several, single = (JudgeSource(file)[index] for index in range(2))
+    assert (several["low"], several["high"]) == (1, 10) and "answer-2-" in several["prompt"]
+    assert (single["low"], single["high"]) == (0, 1) and "\\boxed{0} or \\boxed{1}" in single["prompt"]
+    scored = JudgementReward().score([group_of(single, "\\boxed{0}", "\\boxed{1}", "\\boxed{5}")])
+    assert scored == [[1.0, -1.0, -1.0]]

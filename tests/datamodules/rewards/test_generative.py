@@ -123,6 +123,16 @@ def test_conversations_are_shown_as_they_are() -> None:
     assert item.messages == tuple(turns)
 
 
+def test_the_system_message_of_the_datamodule_is_shown() -> None:
+    """Catches: a judge that does not know what the policy was told."""
+    group = group_of({"prompt": "Why?"}, "a", "b")
+    told = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, system="Be brief."))
+    asked = {"role": "user", "content": "Why?"}
+    assert reward().item(group).messages == (asked,)
+    assert reward().item(told).messages == ({"role": "system", "content": "Be brief."}, asked)
+    assert reward().item(told).uid != reward().item(group).uid
+
+
 def test_only_a_judge_elsewhere_reads_while_others_are_sampled() -> None:
     assert is_concurrent(reward())
     assert not is_concurrent(GenerativeReward(EngineBackend("onpolicy://quickstart/models/student")))
