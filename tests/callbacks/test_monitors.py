@@ -31,11 +31,11 @@ class Slow(Callback):
 
 
 class SlowBatches(fits.Batches):
-    """Takes 30 ms to make a batch, and says so."""
+    """Takes 40 ms to make a batch, and says so of 30: with the update's 2, less than the step takes."""
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
-            time.sleep(0.03)
+            time.sleep(0.04)
             yield dataclasses.replace(batch, timings={"rollout": 0.02, "reward": 0.01})
 
 
@@ -57,7 +57,7 @@ def test_phases_add_up_to_the_step_and_reach_logger_and_bar(tmp_path: Path) -> N
     trainer.fit(fits.Module(), SlowBatches(3), fits.Batches(1))
     step = logged(tmp_path, "time/step")
     assert len(step) == 3
-    assert min(step) >= 0.03, step
+    assert min(step) >= 0.04, step
     assert sorted(step)[1] < 0.3, "with validation counted in, the last two would be longer"
     phases = ("rollout", "reward", "prepare", "update", "other")
     for i, wall in enumerate(step):
