@@ -111,7 +111,7 @@ def _draw(records: Sequence[dict[str, Any]], path: Path) -> None:
                 right.plot(xs, ys, style, color=f"C{number}", label=label)
                 start = xs[-1]
     right.set_xlabel("batches: fine-tuning, then reinforcement")
-    right.set_ylabel("rule's reward (±1) on held-out items, one sample")
+    right.set_ylabel("rule's reward (±1), held-out items")
     right.legend(frameon=False, fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.25)
