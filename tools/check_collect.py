@@ -282,7 +282,11 @@ def main() -> None:
     )
     parser.add_argument("--url", help="a server that runs; by default `transformers serve` is started")
     parser.add_argument("--model", help="the model's name there; by default the packaged teacher")
-    parser.add_argument("--server", default="transformers", help="distribution whose version is noted")
+    parser.add_argument(
+        "--server",
+        default="transformers",
+        help="distribution whose version is noted; NAME=VERSION of one elsewhere",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
 
@@ -303,8 +307,9 @@ def main() -> None:
             figures["posts_in_the_servers_log"] = log.read_text().count("POST /v1/chat/completions")
             forwarded = figures["plain"]["requests"] + figures["killed"]["requests_forwarded"]
             assert figures["posts_in_the_servers_log"] == forwarded, "the server counts otherwise"
-    names = ("openai", args.server)
-    result = {"versions": {name: version(name) for name in names}, "cpus": os.cpu_count(), **figures}
+    name, _, number = args.server.partition("=")
+    versions = {"openai": version("openai"), name: number or version(name)}
+    result = {"versions": versions, "cpus": os.cpu_count(), **figures}
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
