@@ -105,6 +105,7 @@ def _lightning_cli(args: list[str]) -> Any:
 
     import lightning_onpolicy.callbacks as callbacks
     import lightning_onpolicy.datamodules as datamodules
+    import lightning_onpolicy.datamodules.engines as engines
     import lightning_onpolicy.datamodules.rewards as rewards
     import lightning_onpolicy.datamodules.tools as tools
     import lightning_onpolicy.modules as modules
@@ -112,6 +113,7 @@ def _lightning_cli(args: list[str]) -> Any:
     for package in (
         modules,
         datamodules,
+        engines,
         rewards,
         tools,
         callbacks,
