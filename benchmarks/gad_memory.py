@@ -9,8 +9,8 @@ not recomputed.
 
 The floor is 34 bytes per parameter: 16 for each player under mixed-precision Adam and 2 for a bfloat16 reference. In
 full we hold 32, with a float32 reference: 12 for each player's weights and moments, and gradients (4) of one player at
-a time. `bf16-true`, and adapters in mixed precision (which take the type of their bfloat16 base), keep no float32
-weights and hold half of what they otherwise would: updates smaller than a weight's last bit are lost.
+a time. `bf16-true` keeps no float32 weights and holds half of what it otherwise would: updates smaller than a
+weight's last bit are lost. Adapters in mixed precision are float32 over a bfloat16 base.
 
     python benchmarks/gad_memory.py
     python benchmarks/gad_memory.py --device cuda --sizes 0.5b,1.5b

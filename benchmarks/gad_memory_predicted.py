@@ -84,15 +84,15 @@ def adapter_parameters(size: Size) -> int:
     return size.layers * RANK * sum(i + o for i, o in linears(size))
 
 
-def trained_width(mode: Mode, precision: Precision) -> int:
-    """Bytes of an element that trains: adapters take the type of their base."""
-    return BYTES[dtype_of(mode, precision)]
+def trained_width(precision: Precision) -> int:
+    """Bytes of an element that trains: float32, also of adapters over bfloat16, unless everything is cast."""
+    return 2 if precision == "bf16-true" else 4
 
 
 def held(size: Size, mode: Mode, precision: Precision) -> Held:
     """Parameters and bytes; the two players' gradients are never there together."""
     P, A, head = model_parameters(size), adapter_parameters(size), size.hidden + 1
-    width = trained_width(mode, precision)
+    width = trained_width(precision)
     player = A if mode.adapters else P
     frozen = mode.bases * P * BYTES[dtype_of(mode, precision)]
     # Policy, reference and discriminator hold a set each; the scalar head is float32 whatever the precision.
@@ -123,7 +123,7 @@ def forward_pass(size: Size, mode: Mode, precision: Precision, rows: int) -> int
 def peaks(size: Size, mode: Mode, precision: Precision) -> dict[str, int]:
     """Bytes at the peak of each phase, once both optimizers have their state."""
     has = held(size, mode, precision)
-    width = trained_width(mode, precision)
+    width = trained_width(precision)
     table = 0 if mode.adapters else size.vocab * size.hidden * width  # a gradient of the embeddings
     P = model_parameters(size)
     player = (adapter_parameters(size) if mode.adapters else P) * width

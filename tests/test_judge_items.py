@@ -112,7 +112,7 @@ def test_the_short_template_shows_everything_and_holds() -> None:
     text = TEMPLATE.render(JudgeItem(asked, ("ghj", attack), (0, -1), uid="i"), (1, 0))
     first, shown, other, last = text.splitlines()
     assert (first, other, last) == ('user: "has g"', '#2 "ghj"', "1-10") and shown.startswith("#1 ")
-    assert json.loads(shown[3:]) == attack and "<" not in shown
+    assert json.loads(shown[3:]) == attack.replace("<|end|>", "< |end|>") and "<" not in shown
     told = JudgeItem(asked, ("ghj", "hjk"), reference="gh\n")
     assert TEMPLATE.render(told, (0, 1), hint="answer 1 is the best.") == (
         'user: "has g"\nreference: "gh\\n"\n#1 "ghj"\n#2 "hjk"\nhint: answer 1 is the best.\n1-10'
