@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Sampl
 from lightning_onpolicy.datamodules.engines.base import StreamingEngine
 from lightning_onpolicy.datamodules.engines.lockstep import is_sharded
 from lightning_onpolicy.datamodules.engines.modes import eval_mode
+from lightning_onpolicy.datamodules.engines.side_by_side import SideBySide
 from lightning_onpolicy.datamodules.engines.vllm_wire import VLLMWire
 
 _PROBE = 8  # tokens
@@ -209,28 +210,26 @@ class VLLMServerEngine(StreamingEngine):
         if n < 1 or not all(map(len, prompts)) or min(budgets, default=1) < 1:
             raise ValueError(f"n ({n}) and budgets must be at least 1, and no prompt may be empty.")
         common = self._common(n, sampling)
-        end = None if self.deadline_s is None else time.monotonic() + self.deadline_s
-        pool = ThreadPoolExecutor(self.concurrency, "vllm")
+        bodies = [
+            common
+            | {"prompt": list(ids), "max_tokens": budget, "min_tokens": min(sampling.min_new_tokens, budget)}
+            | {"seed": _seed(seed, number)}
+            for ids, budget, number in zip(prompts, budgets, numbers, strict=True)
+        ]
+        end = math.inf if self.deadline_s is None else time.monotonic() + self.deadline_s
+        answers = SideBySide(lambda body: self._wire.ask("/v1/completions", body), bodies, self.concurrency)
         try:
-            going: dict[Future[list[Completion]], int] = {}
-            for i, (ids, budget, number) in enumerate(zip(prompts, budgets, numbers, strict=True)):
-                own = {"prompt": list(ids), "max_tokens": budget, "seed": _seed(seed, number)}
-                own["min_tokens"] = min(sampling.min_new_tokens, budget)
-                going[pool.submit(self._ask, common | own)] = i
-            while going:
-                # Awake every second: a phase's deadline is raised in this thread once Python code runs there.
-                ready, _ = wait(
-                    going, 1.0 if end is None else min(1.0, max(0.0, end - time.monotonic())), FIRST_COMPLETED
-                )
-                if not ready and end is not None and time.monotonic() >= end:
+            for left in range(len(bodies), 0, -1):
+                answer = answers.next(end)
+                if answer is None:
                     raise TimeoutError(
-                        f"{len(going)} of {len(prompts)} prompts are unanswered by {self._wire.base_url} after "
+                        f"{left} of {len(prompts)} prompts are unanswered by {self._wire.base_url} after "
                         f"deadline_s={self.deadline_s:g}."
                     )
-                for future in ready:
-                    yield going.pop(future), future.result()
+                number, reply = answer
+                yield number, self._completions(reply, n)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            answers.stop()
 
     def _common(self, n: int, sampling: Sampling) -> dict[str, Any]:
         ends = dict.fromkeys((*self.policy.eos_token_ids, *sampling.stop_token_ids))
@@ -252,13 +251,10 @@ class VLLMServerEngine(StreamingEngine):
             body |= {"logit_bias": bias} if bias else {}
         return body
 
-    def _ask(self, body: dict[str, Any]) -> list[Completion]:
-        reply = self._wire.ask("/v1/completions", body)
+    def _completions(self, reply: dict[str, Any], n: int) -> list[Completion]:
         choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
-        if len(choices) != body["n"]:
-            raise RuntimeError(
-                f"{self._wire.base_url} gave {len(choices)} completions, asked for {body['n']}."
-            )
+        if len(choices) != n:
+            raise RuntimeError(f"{self._wire.base_url} gave {len(choices)} completions, asked for {n}.")
         return [self._completion(choice) for choice in choices]
 
     def _completion(self, choice: dict[str, Any]) -> Completion:

@@ -59,7 +59,9 @@ class FakeVLLM:
                 """Nobody reads it."""
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http.daemon_threads = (
+            False  # waited for: a thread in native code at the end would abort the process
+        )
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> FakeVLLM:
