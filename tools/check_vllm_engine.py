@@ -5,7 +5,7 @@ student is served with a head of its own::
 
     python tools/check_vllm_engine.py --make runs/untied
     VLLM_SERVER_DEV_MODE=1 vllm serve runs/untied --dtype float32 --enforce-eager --max-model-len 128 \\
-        --logprobs-mode processed_logprobs
+        --logprobs-mode processed_logprobs --generation-config vllm
     python tools/check_vllm_engine.py --student runs/untied --url http://127.0.0.1:8000 --server vllm=VERSION
 
 Ends with an error unless, wherever the newest weights sampled a whole batch, server and trainer agree on every token's

@@ -11,38 +11,45 @@ import itertools
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Sampling
 from lightning_onpolicy.datamodules.engines.base import StreamingEngine
 from lightning_onpolicy.datamodules.engines.lockstep import is_sharded
-from lightning_onpolicy.datamodules.engines.modes import eval_mode
+from lightning_onpolicy.datamodules.engines.probe import changed, fingerprint, logprobs_of
 from lightning_onpolicy.datamodules.engines.side_by_side import SideBySide
 from lightning_onpolicy.datamodules.engines.vllm_wire import VLLMWire
 
-_PROBE = 8  # tokens
+_PROBE = 16  # tokens
 
 
 class VLLMServerEngine(StreamingEngine):
     """Samples from a vLLM server started as::
 
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
 
     with the policy's own model, for this engine alone. The routes that replace weights exist in this mode only: serve
     on the loopback or a private network. Equal seeds give equal samples as far as the server's arithmetic does not
     depend on its load.
 
+    Before the first sampling the server is given changed weights, and must follow; then, and after every replacement,
+    it must say of a few tokens what the policy says: to 1e-3 nats on average where both compute in float32, to 0.1 nats
+    otherwise. What is wrong by less is seen in the module's mismatch metrics alone.
+
     Args:
         policy: What is trained; it needs ``save_pretrained`` (``modules.Policy`` has it; adapters are merged into what
             is sent, never into what is trained).
         base_url: The server's address, or one per rank.
-        weights: Folder that trainer and server see under the same path; one checkpoint of the policy lies there.
+        weights: Folder that trainer and server see under the same path; one checkpoint of the policy lies below
+            it, and is deleted at the end (a run that is killed leaves it).
         model: Its name at the server; None: the only one.
         concurrency: Requests in flight; each asks for all completions of a prompt.
         timeout_s: Seconds that one request, or one replacement of weights, may take.
@@ -51,8 +58,8 @@ class VLLMServerEngine(StreamingEngine):
 
     Raises:
         TypeError: If the policy cannot be saved.
-        ValueError: If a number is out of range, the policy is sharded, there are more ranks than servers, or the
-            server reports other log-probabilities than those sampled from.
+        ValueError: If a number is out of range, there is not one server per rank, or the server reports other
+            log-probabilities than those sampled from.
         RuntimeError: If the server cannot be reached.
     """
 
@@ -78,7 +85,7 @@ class VLLMServerEngine(StreamingEngine):
             if value is not None and value <= 0:
                 raise ValueError(f"{key} must be positive, got {value}.")
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, world = _place()
         if len(urls) != world:
             raise ValueError(
                 f"base_url names {len(urls)} servers for {world} ranks: each rank replaces the weights of its own."
@@ -89,12 +96,15 @@ class VLLMServerEngine(StreamingEngine):
         self._wire = VLLMWire(urls[rank], timeout_s, os.environ.get(api_key_env))
         dtype = self._wire.check()
         exact = dtype == "torch.float32" and all(p.dtype == torch.float32 for p in policy.parameters())
-        self._tolerance = 1e-3 if exact else 0.25  # nats
+        self._tolerance = 1e-3 if exact else 0.1  # nats
         self.model = model or str(self._wire.ask("/v1/models")["data"][0]["id"])
-        self._folder = Path(weights).resolve() / f"rank-{rank}"
+        self._weights, self._prefix = Path(weights).resolve(), f"rank-{rank}-"
+        self._home: tempfile.TemporaryDirectory[str] | None = (
+            None  # deletes itself, at the latest with the process
+        )
         self._numbers = itertools.count()
-        self._sent: tuple[int, int] | None = None
-        self._there: Path | None = None
+        self._sent: torch.Tensor | None = None
+        self._follows = False
 
     def sync(self, policy: nn.Module, version: int) -> None:
         """Give the server the policy's weights, unless it has them, and stamp completions with ``version``.
@@ -109,39 +119,41 @@ class VLLMServerEngine(StreamingEngine):
             raise ValueError(
                 "a sharded policy cannot be sent to a server yet: use TransformersEngine, or DDP."
             )
-        # A reset may replace weights between two steps: every in-place change of a tensor counts.
-        state = version, sum(p._version for p in self.policy.parameters())
+        mark = fingerprint(
+            self.policy
+        )  # not the version: a reset or an average replaces weights between two steps
+        if self._sent is None or not torch.equal(mark, self._sent):
+            self._sent = None  # until all is well: nobody samples from weights that are half there
+            if not self._follows:
+                with changed(self.policy):
+                    self._send()
+                self._follows = True
+            self._send()
+            self._sent = mark
         self.version = version
-        if state == self._sent:
-            return
-        folder = self._folder / f"weights-{os.getpid()}-{next(self._numbers)}"
-        try:
-            self.policy.save_pretrained(folder)
-            self._wire.reload(str(folder))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._forget()
-        self._sent, self._there = None, folder
-        self._require_the_same_model()
-        self._sent = state
 
-    def _require_the_same_model(self) -> None:
-        """Compare what the server says of a few tokens with what the policy says: some weights may not have arrived.
-
-        vLLM 0.32 for CPUs, for one, keeps the old output head where it is tied to the embedding, with a warning in its
-        own log alone.
-        """
+    def _send(self) -> None:
+        """Replace the server's weights by the policy's, and compare the two."""
+        if self._home is None:
+            self._weights.mkdir(parents=True, exist_ok=True)
+            self._home = tempfile.TemporaryDirectory(prefix=self._prefix, dir=self._weights)
+        folder = Path(self._home.name) / str(next(self._numbers))
+        self.policy.save_pretrained(folder)
+        self._wire.reload(str(folder))
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
         prompt = [self.policy.eos_token_ids[0]]
         longest = Sampling(max_new_tokens=_PROBE, min_new_tokens=_PROBE)
         [(_, [drawn])] = self._drawn([prompt], 1, longest, 0)
-        own = _logprobs(self.policy, prompt, drawn.ids.tolist())
-        gap = float((own - drawn.logprobs).abs().max())
+        own = logprobs_of(self.policy, prompt, drawn.ids.tolist())
+        gap = float((own - drawn.logprobs).abs().mean())
         if not gap <= self._tolerance:
             raise RuntimeError(
                 f"after it was given new weights, {self._wire.base_url} is {gap:.2g} nats off the policy's own "
-                f"log-probabilities of {_PROBE} tokens (allowed: {self._tolerance:g}): not all weights were replaced, "
-                "or it serves another model. (vLLM for CPUs does not replace a head that is tied to the embedding.)"
+                f"log-probabilities of {_PROBE} tokens on average (allowed: {self._tolerance:g}): not all weights were "
+                "replaced, or it serves another model. (vLLM for CPUs does not replace a head that is tied to the "
+                "embedding.)"
             )
 
     def generate(
@@ -180,8 +192,10 @@ class VLLMServerEngine(StreamingEngine):
 
     def close(self) -> None:
         """Delete the weights that were sent last; the server goes on, and keeps them in its memory."""
-        self._forget()
         self._sent = None
+        if self._home is not None:
+            self._home.cleanup()
+            self._home = None
 
     def _require_weights(self) -> None:
         if self._sent is None:
@@ -189,11 +203,6 @@ class VLLMServerEngine(StreamingEngine):
                 f"nobody has given {self._wire.base_url} the policy's weights: call sync first. (A datamodule does so "
                 "for the policy; a local teacher cannot be sampled from by this engine.)"
             )
-
-    def _forget(self) -> None:
-        if self._there is not None:
-            shutil.rmtree(self._there, ignore_errors=True)
-            self._there = None
 
     def _drawn(
         self,
@@ -227,21 +236,31 @@ class VLLMServerEngine(StreamingEngine):
                         f"deadline_s={self.deadline_s:g}."
                     )
                 number, reply = answer
-                yield number, self._completions(reply, n)
+                found = self._completions(reply, int(common["n"]))
+                yield number, found if len(found) == n else found * n
         finally:
             answers.stop()
 
     def _common(self, n: int, sampling: Sampling) -> dict[str, Any]:
         ends = dict.fromkeys((*self.policy.eos_token_ids, *sampling.stop_token_ids))
+        if 0 < sampling.temperature < 0.01 or sampling.temperature > 2:
+            raise ValueError(
+                f"vLLM draws at temperatures from 0.01 to 2, or 0; sampling.temperature is {sampling.temperature}."
+            )
         body: dict[str, Any] = {
             "model": self.model,
-            "n": n,
+            "n": n if sampling.temperature else 1,  # n greedy ones are one
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
+            "repetition_penalty": 1.0,  # else the model's generation config may bring another
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "stop_token_ids": list(ends),
             "stop": list(sampling.stop),
+            "skip_special_tokens": False,  # stop strings may hold them
+            "spaces_between_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
         }
@@ -277,19 +296,11 @@ class VLLMServerEngine(StreamingEngine):
         )
 
 
-@torch.no_grad()
-def _logprobs(policy: Any, prompt: list[int], new: list[int]) -> torch.Tensor:
-    """``[L]``: the policy's log-probabilities of the tokens after a prompt if it may not end yet, on the CPU."""
-    device, width = next(policy.parameters()).device, len(prompt) + len(new) - 1
-    rows = [prompt + new[:i] for i in range(len(new))]  # left-padded, all ending where a token is predicted
-    ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    place = torch.arange(width, device=device) - (width - lengths)[:, None]
-    with eval_mode(policy):
-        logits = policy.decode(ids, (place >= 0).long(), place.clamp(min=0), policy.new_cache())
-    logits[:, list(policy.eos_token_ids)] = -torch.inf
-    found: torch.Tensor = logits.float().log_softmax(-1).cpu()[range(len(new)), new]
-    return found
+def _place() -> tuple[int, int]:
+    """Rank and number of ranks."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _seed(seed: int, number: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
 from typing import Any
 
-COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
+COMMAND = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
+)
 
 
 class VLLMWire:
@@ -43,7 +46,7 @@ class VLLMWire:
             said = error.read(2000).decode("utf-8", "replace").strip()
             hint = f" Start it with: {COMMAND}" if error.code == 404 else ""
             raise RuntimeError(f"{url} answered {error.code}: {said or error.reason}.{hint}") from None
-        except (TimeoutError, urllib.error.URLError, OSError, ValueError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise TimeoutError(f"{url} did not answer within timeout_s={self.timeout_s:g}.") from None

@@ -98,6 +98,14 @@ def template_for(n: int, several: JudgeTemplate, single: JudgeTemplate) -> Judge
     return single if n == 1 else several
 
 
+def single_beside(template: JudgeTemplate, single: JudgeTemplate | None) -> JudgeTemplate:
+    """The template for one response, which is right or not: what was given, ``template`` if it asks for 0 or 1, or
+    the packaged one."""
+    if single is None and (template.low, template.high) == (0, 1):
+        return template
+    return single or JudgeTemplate(SINGLE, 0, 1)
+
+
 def unspelled(text: str, tokens: Iterable[str] = ()) -> str:
     """The text with a space inside whatever a judge's tokenizer would read as a special token.
 

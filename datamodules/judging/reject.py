@@ -17,7 +17,7 @@ from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.predicate import is_right
-from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate, template_for
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, single_beside, template_for
 from lightning_onpolicy.datamodules.judging.rejection import (
     Counts,
     counted,
@@ -47,7 +47,8 @@ class RejectSettings:
         out: Folder for what is written.
         backend: The judge.
         template: How an item becomes a prompt.
-        single: The same for items of one response, which are right or not; its scores are 0 and 1.
+        single: The same for items of one response, which are right or not; its scores are 0 and 1. Null: ``template``
+            if those are its scores, else the packaged one.
         samples: Judgements per item without a hint.
         hinted: Also make one judgement per item with a hint, which response is the best.
         order: ``shuffled``, ``rotated`` or ``fixed``.
@@ -64,7 +65,7 @@ class RejectSettings:
     out: str
     backend: JudgeBackend
     template: JudgeTemplate = field(default_factory=JudgeTemplate)
-    single: JudgeTemplate = field(default_factory=lambda: JudgeTemplate(SINGLE, 0, 1))
+    single: JudgeTemplate | None = None
     samples: int = 3
     hinted: bool = True
     order: OrderKind = "shuffled"
@@ -79,6 +80,15 @@ class RejectSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be >= 1, got {value}.")
 
+    @property
+    def for_one(self) -> JudgeTemplate:
+        """The template for items of one response."""
+        return single_beside(self.template, self.single)
+
+    def template_of(self, item: JudgeItem) -> JudgeTemplate:
+        """The template for an item."""
+        return template_for(len(item.responses), self.template, self.for_one)
+
     def fixed(self, items: Sequence[JudgeItem]) -> dict[str, Any]:
         """What judgements depend on, and must be equal where a run goes on."""
         digest = hashlib.sha256(
@@ -89,8 +99,9 @@ class RejectSettings:
             "backend": self.backend.describe(),
             **{
                 name: asdict(template) | {"text": template.text}
-                for name, template in (("template", self.template), ("single", self.single))
-                if any((len(item.responses) == 1) == (name == "single") for item in items)
+                for name, template in (("single", self.for_one), ("template", self.template))
+                if any(self.template_of(item) == template for item in items)
+                and not (name == "single" and template == self.template)
             },
             **{key: getattr(self, key) for key in ("samples", "hinted", "order", "seed", "think_end")},
         }
@@ -192,7 +203,7 @@ def _judge(settings: RejectSettings, k: int) -> Judge:
         settings.order,
         settings.seed,
         settings.think_end,
-        single=settings.single,
+        single=settings.for_one,
     )
 
 
@@ -244,7 +255,7 @@ def _write(settings: RejectSettings, say: TextIO) -> Counts:
         groups.setdefault(trajectory.item.uid, []).append(trajectory)
     counts = sum((counted(group) for group in groups.values()), Counts())
     tuning = [
-        tuning_row(t, template_for(len(t.item.responses), settings.template, settings.single), f"{uid}/{i}")
+        tuning_row(t, settings.template_of(t.item), f"{uid}/{i}")
         for uid, group in groups.items()
         for i, t in enumerate(kept(group))
     ]

@@ -13,7 +13,7 @@ from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.judging.cases import EvalCase, Fields, Kind
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, arranged, orders
-from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate, template_for
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, single_beside, template_for
 from lightning_onpolicy.datamodules.rows import Row, Source
 from lightning_onpolicy.datamodules.sources import read_rows
 
@@ -82,7 +82,8 @@ class JudgeSource(Source):
         orders_per_item: Rows per item.
         seed: Of the orders.
         limit: Most items taken, the first ones; null takes all.
-        single: The same for items of one response, which are right or not; its scores are 0 and 1.
+        single: The same for items of one response, which are right or not; its scores are 0 and 1. Null: ``template``
+            if those are its scores, else the packaged one.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -102,7 +103,8 @@ class JudgeSource(Source):
         if orders_per_item < 1 or (limit is not None and limit < 1):
             raise ValueError(f"orders_per_item and limit must be >= 1, got {orders_per_item} and {limit}.")
         self.items = read_items(path, labelled=True)[:limit]
-        self.template, self.single = template or JudgeTemplate(), single or JudgeTemplate(SINGLE, 0, 1)
+        self.template = template or JudgeTemplate()
+        self.single = single_beside(self.template, single)
         self.order, self.orders_per_item, self.seed = order, orders_per_item, seed
         self.name = Path(path).stem
 

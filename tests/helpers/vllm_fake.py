@@ -115,6 +115,11 @@ class FakeVLLM:
         room = self.policy.max_positions
         if room is not None and len(body["prompt"]) + body["max_tokens"] > room:
             return 400, {"error": {"message": f"This model's maximum context length is {room} tokens."}}
+        if body["n"] > 1 and body["temperature"] == 0:
+            return 400, {"error": {"message": "n must be 1 when using greedy sampling."}}
+        # A server takes what is not said from the model's generation config.
+        assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
+        assert body["skip_special_tokens"] is False
         own = set(self.policy.eos_token_ids)
         sampling = Sampling(
             temperature=body["temperature"],

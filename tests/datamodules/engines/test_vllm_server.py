@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,12 +130,24 @@ def test_it_samples_from_the_newest_weights_and_nothing_is_sent_twice(
             stir(policy, 1.1)
         rollouts.sync(policy, version)
         assert gap(policy, rollouts.generate(PROMPTS, 2, DRAW, version)) < 1e-5
-    assert len(server.reloads) == 4 == server.flushes, "a reset changes weights between two steps"
-    rollouts.sync(policy, 2)
-    assert len(server.reloads) == 4
-    assert len(list(tmp_path.glob("rank-0/*"))) == 1, "one checkpoint at a time"
+    assert len(server.reloads) == 1 + 4 == server.flushes, (
+        "changed ones first; a reset changes them between two steps"
+    )
+    rollouts.sync(policy, 3)
+    assert len(server.reloads) == 5 and rollouts.version == 3
+    for p in policy.parameters():
+        p.data.mul_(1.1)  # as Lightning's averages are put in
+    rollouts.sync(policy, 3)
+    assert len(server.reloads) == 6
+    assert gap(policy, rollouts.generate(PROMPTS, 2, DRAW, 9)) < 1e-5
+    assert len(list(tmp_path.glob("rank-0-*/*"))) == 1, "one checkpoint at a time"
     rollouts.close()
-    assert not list(tmp_path.glob("rank-0/*"))
+    assert not list(tmp_path.iterdir())
+    rollouts.sync(policy, 3)
+    assert len(server.reloads) == 7
+    del rollouts
+    gc.collect()
+    assert not list(tmp_path.iterdir()), "also where nobody closed it"
 
 
 def test_adapters_are_merged_into_what_is_sent_alone(server: FakeVLLM, path: str, tmp_path: Path) -> None:
@@ -150,17 +163,45 @@ def test_adapters_are_merged_into_what_is_sent_alone(server: FakeVLLM, path: str
     assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
 
 
-@pytest.mark.parametrize("part", ["embed_tokens", "q_proj", "norm"])
-def test_weights_that_did_not_arrive_are_noticed(
+@pytest.mark.parametrize("part", ["", "embed_tokens", "q_proj", "norm"])
+def test_a_server_that_keeps_weights_is_noticed_before_the_first_sample(
     path: str, policy: Policy, tmp_path: Path, part: str
 ) -> None:
-    """As vLLM for CPUs does with a tied head, silently."""
+    """It serves the policy's own model, so nothing else would tell: small steps would stay below what is noticed.
+
+    vLLM for CPUs does so with a tied head, silently.
+    """
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
     with FakeVLLM(path, deaf_to=part) as server:
         rollouts = engine(server, policy, tmp_path)
-        rollouts.sync(policy, 0)
-        stir(policy)
-        with pytest.raises(RuntimeError, match=r"nats off the policy's own .* not all weights were replaced"):
-            rollouts.sync(policy, 1)
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r"nats off the policy's own .* not all weights were replaced"
+            ):
+                rollouts.sync(policy, 1)
+            with pytest.raises(RuntimeError, match="call sync first"):
+                rollouts.generate(PROMPTS, 1, DRAW, 0)
+        assert rollouts.version == 0
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+
+
+def test_weights_that_stop_arriving_are_noticed(server: FakeVLLM, policy: Policy, tmp_path: Path) -> None:
+    rollouts = synced(server, policy, tmp_path)
+    server.deaf_to = ""
+    stir(policy, 1.05)
+    with pytest.raises(RuntimeError, match=r"nats off the policy's own"):
+        rollouts.sync(policy, 1)
+
+
+def test_greedy_ones_are_asked_for_once(server: FakeVLLM, policy: Policy, tmp_path: Path) -> None:
+    rollouts = synced(server, policy, tmp_path)
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    served = rollouts.generate(PROMPTS, 3, greedy, 0)
+    here = TransformersEngine(policy).generate(PROMPTS, 3, greedy, 0)
+    assert [[c.ids.tolist() for c in g] for g in served] == [[c.ids.tolist() for c in g] for g in here]
+    for temperature in (0.001, 2.5):
+        with pytest.raises(ValueError, match=r"temperatures from 0\.01 to 2"):
+            rollouts.generate(PROMPTS, 1, Sampling(temperature=temperature), 0)
 
 
 def test_rows_of_the_head_without_a_token_are_never_drawn(
@@ -201,7 +242,7 @@ def test_training_with_it_is_training_on_policy(server: FakeVLLM, path: str, tmp
 
     trainer(tmp_path, [Look()]).fit(module, datamodule=data)
     assert len(seen) == 3 and max(seen) < 1e-4
-    assert len(server.reloads) == 3
+    assert len(server.reloads) == 1 + 3
 
 
 def test_a_configuration_names_it(tmp_path: Path) -> None:
@@ -210,8 +251,11 @@ def test_a_configuration_names_it(tmp_path: Path) -> None:
         arguments = {"base_url": server.url, "weights": str(tmp_path / "weights")}
         chosen = {"class_path": "VLLMServerEngine", "init_args": arguments}
         assert onpolicy("fit", "-c", config, f"--data.init_args.engine={json.dumps(chosen)}") == 0
-        assert len(server.reloads) == 3, "two steps, and validation after the second"
-        assert not list((tmp_path / "weights").glob("rank-0/*"))
+        assert len(server.reloads) == 1 + 3, "two steps, and validation after the second"
+        assert not list((tmp_path / "weights").iterdir())
+        # Without a training step before it, in inference mode.
+        assert onpolicy("validate", "-c", config, f"--data.init_args.engine={json.dumps(chosen)}") == 0
+        assert len(server.reloads) == 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -246,7 +290,8 @@ def test_faults_say_who_and_what(server: FakeVLLM, policy: Policy, path: str, tm
     with pytest.raises(ValueError, match="concurrency must be positive"):
         engine(server, policy, tmp_path, concurrency=0)
     with FakeVLLM(path) as slow:
-        late = synced(slow, policy, tmp_path, deadline_s=0.2), synced(slow, policy, tmp_path, timeout_s=0.3)
+        late = synced(slow, policy, tmp_path), synced(slow, policy, tmp_path)
+        late[0].deadline_s, late[1]._wire.timeout_s = 0.2, 0.3
         slow.delay_s = 1.0
         with pytest.raises(TimeoutError, match=r"2 of 2 prompts are unanswered .*deadline_s=0\.2"):
             late[0].generate(PROMPTS[:2], 1, DRAW, 0)
@@ -264,7 +309,7 @@ def test_every_rank_has_a_server_of_its_own(
     with pytest.raises(ValueError, match="1 servers for 2 ranks"):
         engine(server, policy, tmp_path)
     VLLMServerEngine(policy, ["http://127.0.0.1:9", server.url + "/v1/"], str(tmp_path)).sync(policy, 0)
-    assert "rank-1" in server.reloads[0]
+    assert "rank-1-" in server.reloads[0]
 
 
 def test_in_process_and_served_draw_from_the_same_distribution(

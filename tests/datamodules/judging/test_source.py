@@ -11,6 +11,7 @@ import pytest
 
 from lightning_onpolicy.datamodules.given import group_of
 from lightning_onpolicy.datamodules.judging.module import ItemLoader, JudgingDataModule
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
 from lightning_onpolicy.datamodules.judging.rejection import item_row
 from lightning_onpolicy.datamodules.judging.source import JudgeSource, cases_of, read_items
 from lightning_onpolicy.datamodules.rewards.judgement import JudgementReward, ReadableReward
@@ -149,3 +150,13 @@ def test_items_of_one_response_among_others_are_asked_for_a_yes_or_a_no(tmp_path
     assert (single["low"], single["high"]) == (0, 1) and "\\boxed{0} or \\boxed{1}" in single["prompt"]
     scored = JudgementReward().score([group_of(single, "\\boxed{0}", "\\boxed{1}", "\\boxed{5}")])
     assert scored == [[1.0, -1.0, -1.0]]
+
+
+def test_a_template_that_asks_for_a_yes_or_a_no_is_that_of_single_responses(tmp_path: Path) -> None:
+    """Catches: a template of one's own that is put aside silently for the packaged one."""
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("Right? {{ responses[0] }}")
+    file = write(tmp_path / "x.jsonl", {"prompt": "2+2=", "responses": ["5"], "labels": [0]})
+    assert JudgeSource(file, JudgeTemplate(str(mine), 0, 1))[0]["prompt"] == "Right? 5"
+    other = JudgeTemplate(str(mine), 0, 1)
+    assert JudgeSource(file, single=other)[0]["prompt"] == "Right? 5"
