@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from leaving import leave_at_exit
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -250,4 +251,5 @@ def main(name: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    leave_at_exit()
     main(sys.argv[1], Path(sys.argv[2]))

@@ -12,6 +12,7 @@ import ranks_fit
 import talks
 import torch
 import torch.distributed as dist
+from leaving import leave_at_exit
 
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
@@ -39,6 +40,7 @@ def data() -> OnPolicyDataModule:
 
 
 if __name__ == "__main__":
+    leave_at_exit()
     fit_data, ranks_fit.data = ranks_fit.data, data
     out = Path(sys.argv[2])
     result = ranks_fit.main(sys.argv[1], out)
