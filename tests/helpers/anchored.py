@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from leaving import leave_at_exit
+from leaving import leave
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -251,5 +251,5 @@ def main(name: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

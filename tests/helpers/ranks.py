@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import toys
-from leaving import leave_at_exit
+from leaving import leave
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -92,8 +92,8 @@ def run(strategy: str, tie: bool, lora: bool, objective: str = "reverse_kl") -> 
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     _, strategy_, tie_, lora_, objective_, out = sys.argv
     result = run(strategy_, tie_ == "tie", lora_ == "lora", objective_)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(result, out)
+    leave()

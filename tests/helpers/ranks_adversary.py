@@ -13,7 +13,7 @@ from typing import Any
 
 import fits
 import torch
-from leaving import leave_at_exit
+from leaving import leave
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_onpolicy.callbacks import AdversaryMonitor, GameRules
@@ -111,7 +111,7 @@ def play(action: Any, rank: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     rank_ = int(os.environ["RANK"])
     out = Path(sys.argv[1])
     torch.save({a: play(a, rank_, out.parent) for a in ("warn", "stop")}, f"{out}.{rank_}")
+    leave()

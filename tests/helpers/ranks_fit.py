@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import toys
-from leaving import leave_at_exit
+from leaving import leave
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_onpolicy.datamodules.batch import Sampling
@@ -127,5 +127,5 @@ def main(name: str, out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

@@ -15,7 +15,7 @@ import ranks_fit
 import torch
 import toys
 from duels import Spy
-from leaving import leave_at_exit
+from leaving import leave
 
 from lightning_onpolicy.datamodules.preferences import PreferenceDataModule
 from lightning_onpolicy.datamodules.supervised import SupervisedDataModule
@@ -81,5 +81,5 @@ def main(strategy: str, out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

@@ -17,7 +17,7 @@ import ranks
 import ranks_fit
 import torch
 import toys
-from leaving import leave_at_exit
+from leaving import leave
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.modules.critic import CriticSpec
@@ -97,7 +97,7 @@ def run(strategy: str, lora: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     result = run(sys.argv[1], sys.argv[2] == "lora")
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(result, sys.argv[3])
+    leave()

@@ -16,7 +16,7 @@ import ranks
 import ranks_fit
 import torch
 import toys
-from leaving import leave_at_exit
+from leaving import leave
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -101,7 +101,7 @@ def run(strategy: str, dtype: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     result = run(sys.argv[1], sys.argv[2])
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(result, sys.argv[3])
+    leave()

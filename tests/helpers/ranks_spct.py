@@ -10,7 +10,7 @@ from typing import Any
 import judges
 import lightning.pytorch as pl
 import torch
-from leaving import leave_at_exit
+from leaving import leave
 
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.datamodules.batch import Group, Sampling
@@ -79,6 +79,6 @@ def run(folder: Path, file: Path, template: Path, strategy: str, devices: int) -
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), "ddp", 2)
+    leave()

@@ -12,7 +12,7 @@ import ranks_fit
 import talks
 import torch
 import torch.distributed as dist
-from leaving import leave_at_exit
+from leaving import leave
 
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
@@ -40,7 +40,6 @@ def data() -> OnPolicyDataModule:
 
 
 if __name__ == "__main__":
-    leave_at_exit()
     fit_data, ranks_fit.data = ranks_fit.data, data
     out = Path(sys.argv[2])
     result = ranks_fit.main(sys.argv[1], out)
@@ -48,3 +47,4 @@ if __name__ == "__main__":
     dist.all_gather_object(every, ASKED)
     if RANK == 0:
         torch.save({**result, "asked": every}, out)
+    leave()
