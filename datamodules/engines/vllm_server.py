@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Sampling
-from lightning_onpolicy.datamodules.engines.base import StreamingEngine
+from lightning_onpolicy.datamodules.engines.base import Decoder, StreamingEngine
 from lightning_onpolicy.datamodules.engines.lockstep import is_sharded
 from lightning_onpolicy.datamodules.engines.probe import changed, fingerprint, logprobs_of
 from lightning_onpolicy.datamodules.engines.side_by_side import SideBySide
@@ -45,8 +45,8 @@ class VLLMServerEngine(StreamingEngine):
     otherwise. What is wrong by less is seen in the module's mismatch metrics alone.
 
     Args:
-        policy: What is trained; it needs ``save_pretrained`` (``modules.Policy`` has it; adapters are merged into what
-            is sent, never into what is trained).
+        policy: What is trained: a :class:`~.base.Decoder` with ``save_pretrained``, as ``modules.Policy`` is. Adapters
+            are merged into what is sent, never into what is trained.
         base_url: The server's address, or one per rank.
         weights: Folder that trainer and server see under the same path; one checkpoint of the policy lies below
             it, and is deleted at the end (a run that is killed leaves it).
@@ -57,7 +57,7 @@ class VLLMServerEngine(StreamingEngine):
         api_key_env: Environment variable with the server's key; unset: none is sent.
 
     Raises:
-        TypeError: If the policy cannot be saved.
+        TypeError: If the policy cannot be saved, or not be compared with the server.
         ValueError: If a number is out of range, there is not one server per rank, or the server reports other
             log-probabilities than those sampled from.
         RuntimeError: If the server cannot be reached.
@@ -75,8 +75,15 @@ class VLLMServerEngine(StreamingEngine):
         deadline_s: float | None = None,
         api_key_env: str = "VLLM_API_KEY",
     ) -> None:
-        if not (isinstance(policy, nn.Module) and hasattr(policy, "save_pretrained")):
-            raise TypeError(f"{type(policy).__name__} has no save_pretrained: no server can get its weights.")
+        if not (
+            isinstance(policy, nn.Module)
+            and isinstance(policy, Decoder)
+            and hasattr(policy, "save_pretrained")
+        ):
+            raise TypeError(
+                f"{type(policy).__name__} cannot be served: an nn.Module with save_pretrained, whose weights a server "
+                "can get, and with what in-process sampling needs (datamodules.engines.Decoder), to compare the two."
+            )
         for key, value in (
             ("concurrency", concurrency),
             ("timeout_s", timeout_s),
@@ -99,9 +106,8 @@ class VLLMServerEngine(StreamingEngine):
         self._tolerance = 1e-3 if exact else 0.1  # nats
         self.model = model or str(self._wire.ask("/v1/models")["data"][0]["id"])
         self._weights, self._prefix = Path(weights).resolve(), f"rank-{rank}-"
-        self._home: tempfile.TemporaryDirectory[str] | None = (
-            None  # deletes itself, at the latest with the process
-        )
+        # Deletes itself, at the latest with the process.
+        self._home: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count()
         self._sent: torch.Tensor | None = None
         self._follows = False
@@ -119,9 +125,8 @@ class VLLMServerEngine(StreamingEngine):
             raise ValueError(
                 "a sharded policy cannot be sent to a server yet: use TransformersEngine, or DDP."
             )
-        mark = fingerprint(
-            self.policy
-        )  # not the version: a reset or an average replaces weights between two steps
+        # Not the version: a reset or an average replaces weights between two steps.
+        mark = fingerprint(self.policy)
         if self._sent is None or not torch.equal(mark, self._sent):
             self._sent = None  # until all is well: nobody samples from weights that are half there
             if not self._follows:

@@ -20,6 +20,7 @@ import ranks_fit
 import torch
 import torch.distributed as dist
 from duels import Duels, Spy, duel_batch, gad
+from leaving import leave
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -176,4 +177,4 @@ if __name__ == "__main__":
     result = main(sys.argv[1], Path(sys.argv[2]).parent)
     if int(os.environ["RANK"]) == 0:
         torch.save(result, sys.argv[2])
-    dist.destroy_process_group()  # at exit, gloo's threads may outlive what they need
+    leave()

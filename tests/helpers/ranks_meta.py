@@ -13,6 +13,7 @@ from typing import Any
 import ranks_fit
 import torch
 import toys
+from leaving import leave
 
 from lightning_onpolicy.datamodules.trajectories import TrajectoryDataModule
 from lightning_onpolicy.modules.meta_reward import MetaRewardModel
@@ -46,5 +47,4 @@ if __name__ == "__main__":
     result = run(strategy_, file_, Path(out).parent)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(result, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

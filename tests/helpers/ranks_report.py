@@ -10,6 +10,7 @@ from typing import Any
 
 import fits
 import torch
+from leaving import leave
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_onpolicy.callbacks.evaluation_report import EvaluationReport
@@ -79,8 +80,8 @@ def main(folder: Path, baseline: Path) -> None:
         torch.distributed.barrier()
         if rank == 0:
             spoilt.write_text(kept)
-    torch.distributed.destroy_process_group()  # at exit, gloo's threads may outlive what they need
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

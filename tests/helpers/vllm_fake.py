@@ -59,9 +59,8 @@ class FakeVLLM:
                 """Nobody reads it."""
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = (
-            False  # waited for: a thread in native code at the end would abort the process
-        )
+        # Waited for: a thread in native code at the end would abort the process.
+        self._http.daemon_threads = False
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> FakeVLLM:
