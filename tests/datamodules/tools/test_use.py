@@ -82,7 +82,7 @@ def test_long_answers_are_cut_and_say_so() -> None:
 def test_looking_for_calls_is_linear() -> None:
     start = time.process_time()
     heard("<<1" * 100_000 + "=" * 100_000)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(
