@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import ranks_adversary
 import torch
 from duels import gad
+from launching import on_two_ranks
 from lightning.pytorch.callbacks import Callback
 from ranks_adversary import Game
 from words import duels
@@ -277,15 +275,7 @@ def test_two_ranks_end_together_though_one_breaks_the_rule(tmp_path: Path) -> No
 
     Catches: a rank that trains on alone and waits for ever, a message lost on rank 1, a probe of one rank's answers.
     """
-    script = Path(ranks_adversary.__file__)
-    paths = [str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(script), str(tmp_path / "out.pt"),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_adversary, tmp_path / "out.pt")
     one, other = (torch.load(tmp_path / f"out.pt.{rank}", weights_only=True) for rank in range(2))
     for action, steps in (("stop", 4), ("warn", 6)):
         mine, yours = one[action], other[action]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import fits
 import pytest
 import ranks_report
+from launching import on_two_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_report import evaluation
 
@@ -260,15 +258,7 @@ def test_settings_are_checked() -> None:
 def test_two_ranks_write_what_one_process_does(tmp_path: Path) -> None:
     """Catches: rows of one rank only, repeats counted, two writers, a rank that waits for ever for an error."""
     ranks_report.run(tmp_path / "one")
-    script = Path(ranks_report.__file__)
-    paths = [str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(script), str(tmp_path / "two"), str(tmp_path / "one"),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = on_two_ranks(ranks_report, tmp_path / "two", tmp_path / "one")
     one, two = tmp_path / "one" / "validate", tmp_path / "two" / "validate"
     assert {p.name for p in two.iterdir()} == FILES
     assert read_evaluation(two) == read_evaluation(one)

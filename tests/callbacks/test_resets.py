@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import anchored
 import pytest
 import torch
 from anchored import Anchored, Saving, Spy, Stream, everything
+from launching import on_two_ranks
 from torch import nn
 
 from lightning_onpolicy.callbacks.optimizers import forget, restore_lr, scale_lr
@@ -540,15 +538,7 @@ def test_two_ranks_decide_alike_copy_shards_and_resume(tmp_path: Path, strategy:
     Catches: ranks that decide alone, gathered copies written in place of shards, optimizer state that torch's
     distributed checkpoint filled, best weights that only one rank has.
     """
-    script = Path(anchored.__file__)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(script), strategy, str(tmp_path / "out.pt"),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(anchored, strategy, tmp_path / "out.pt", timeout_s=280)
     one, other = (torch.load(tmp_path / f"out.pt.{rank}", weights_only=True) for rank in range(2))
     for key, mine in one.items():
         yours = other[key]

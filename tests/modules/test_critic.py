@@ -6,9 +6,6 @@ Legend: ``B`` sequences, ``T`` positions. ``R(t)`` is the reward to go of a toke
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import ranks_ppo
 import torch
 import toys
+from launching import on_two_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,7 +30,6 @@ from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec
 from lightning_onpolicy.modules.scalar import ScalarModel
 
 NAN = float("nan")
-SCRIPT = Path(ranks_ppo.__file__)
 EVERYTHING: dict[str, Any] = {
     "advantage": AdvantageSpec("gae", gamma=0.95, lam=0.9, whiten="token"),
     "critic": CriticSpec(clip=0.02, updates=3, minibatches=2, bootstrap="value"),
@@ -445,14 +442,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, lora: str) -
     """Catches: whitening or explained variance per rank, a critic not sharded, ranks that differ in passes."""
     one = ranks_ppo.run("auto", lora == "lora")
     out = tmp_path / "result.pt"
-    path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(SCRIPT), strategy, lora, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_ppo, strategy, lora, out)
     two = torch.load(out, weights_only=True)
     for player in ("policy", "critic"):
         moved = 0.0

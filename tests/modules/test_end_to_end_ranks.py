@@ -6,34 +6,20 @@ Under DDP, FSDP2, and in a mesh of tensor-parallel peers.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import ranks_fit
+import ranks_talks
 import torch
+from launching import on_two_ranks
 
-SCRIPT = Path(ranks_fit.__file__)
 
-
-def two_ranks(out: Path, strategy: str, script: Path = SCRIPT) -> dict[str, Any]:
+def two_ranks(out: Path, strategy: str, script: ModuleType = ranks_fit) -> dict[str, Any]:
     """What ``ranks_fit.py``, or another script, says after a run on two ranks."""
-    env = {
-        **os.environ,
-        # No empty entry: it would be the working folder.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(script), strategy, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(script, strategy, out)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
 
@@ -73,7 +59,7 @@ def test_ranks_that_hold_the_same_data_count_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_with_different_numbers_of_turns_stay_in_step(tmp_path: Path, strategy: str) -> None:
     """Catches: a rank that stops asking the engine when its own responses are done, which hangs the others."""
-    got = two_ranks(tmp_path / "result.pt", strategy, SCRIPT.with_name("ranks_talks.py"))
+    got = two_ranks(tmp_path / "result.pt", strategy, ranks_talks)
     first, second = got["asked"]
     assert len(first) == len(second) > 2 * len([n for n in second if n]), (
         "both are called, one with nothing to do"

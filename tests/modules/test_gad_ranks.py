@@ -5,9 +5,6 @@ Numbers are those of the sheet's list of traps.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ import ranks_gad
 import torch
 import toys
 from duels import gad
+from launching import on_two_ranks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_onpolicy.modules import GAD, GADDiscriminator, GADGenerator, PreferenceTune
@@ -24,7 +22,6 @@ from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.scalar import ScalarModel
 from lightning_onpolicy.modules.specs import LoraSpec
 
-SCRIPT = Path(ranks_gad.__file__)
 DEADLINE_S = 120  # a rank that leaves the others waiting is found out by it
 
 
@@ -34,7 +31,8 @@ def test_two_ranks_equal_one_process_and_resume(tmp_path: Path, strategy: str) -
     """11, 12. Catches: pairs counted per rank, a rank without a pair (or without a row to imitate) that stays out of a
     collective, metrics that only some ranks have, players that drift apart, optimizers restored to the wrong player."""
     one = ranks_gad.main(strategy, tmp_path)["compared"]
-    found = two_ranks(tmp_path / "result.pt", strategy)
+    on_two_ranks(ranks_gad, strategy, tmp_path / "result.pt", timeout_s=DEADLINE_S)
+    found = torch.load(tmp_path / "result.pt", weights_only=True)
     two = found["compared"]
     for key, value in one["clock"].items():
         assert two["clock"][key] == pytest.approx(value), key
@@ -79,19 +77,6 @@ def assert_moved_alike(one: dict[str, Any], two: dict[str, Any]) -> None:
         moved = float((alone - before).norm())
         assert moved > 1e-2, player
         assert float((together - alone).norm()) < 1e-4 * moved, player
-
-
-def two_ranks(out: Path, strategy: str) -> dict[str, Any]:
-    path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(SCRIPT), strategy, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found
 
 
 def judge() -> ScalarModel:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks_given
 import torch
+from launching import on_two_ranks
 
-SCRIPT = Path(ranks_given.__file__)
 DEADLINE_S = 120  # a rank that leaves the others waiting is found out by it
 
 
@@ -23,7 +19,8 @@ def test_two_ranks_equal_one_process_and_resume(tmp_path: Path, strategy: str) -
     collective; a reference that is restored to the policy, or taken anew, on resuming."""
     (tmp_path / "one").mkdir()
     one = ranks_given.main("ddp", tmp_path / "one" / "result.pt")
-    two = on_two_ranks(tmp_path / "result.pt", strategy)
+    on_two_ranks(ranks_given, strategy, tmp_path / "result.pt", timeout_s=DEADLINE_S)
+    two = torch.load(tmp_path / "result.pt", weights_only=True)
     for method, alone in one.items():
         same_steps(alone["whole"]["metrics"], two[method]["whole"]["metrics"], method)
         for name, value in alone["whole"]["weights"].items():
@@ -42,16 +39,3 @@ def same_steps(one: list[dict[str, float]], two: list[dict[str, float]], method:
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             assert together[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (method, step, name)
-
-
-def on_two_ranks(out: Path, strategy: str) -> dict[str, Any]:
-    path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(SCRIPT), strategy, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks_grpo
 import torch
-
-SCRIPT = Path(ranks_grpo.__file__)
+from launching import on_two_ranks
 
 
 @pytest.mark.slow
@@ -20,15 +16,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, lora: str) -
     """Catches: whitening or covariances per rank, a reference that is not sharded as the policy is, a stale reset."""
     one = ranks_grpo.run("auto", lora == "lora")
     out = tmp_path / "result.pt"
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    if "PYTHONPATH" in os.environ:
-        env["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(SCRIPT), strategy, lora, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_grpo, strategy, lora, out)
     two = torch.load(out, weights_only=True)
     start = ranks_grpo.ranks.student(False, lora == "lora").state_dict()
     moved = 0.0

@@ -6,9 +6,6 @@ Legend: ``B`` judgements.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import ranks_meta
 import torch
 import toys
+from launching import on_two_ranks
 from torch.nn.functional import binary_cross_entropy_with_logits
 from trajectories import line, lines, write
 
@@ -30,7 +28,6 @@ from lightning_onpolicy.modules.losses.rightness import rightness_loss
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.specs import LoraSpec
 
-SCRIPT = Path(ranks_meta.__file__)
 EXTREME = [0.0, 1e-8, 0.3, -0.3, 17.0, 20.5, 88.0, 100.0, -100.0, 1000.0, -1000.0]
 
 
@@ -280,19 +277,7 @@ def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
     )  # pieces of unequal number
     one = ranks_meta.run("auto", path, tmp_path)
     out = tmp_path / "result.pt"
-    paths = [str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(SCRIPT), strategy, path, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_meta, strategy, path, out)
     two = torch.load(out, weights_only=True)
     before = ranks_meta.start().state_dict()
     assert max(float((value - before[name]).abs().max()) for name, value in one["weights"].items()) > 1e-3

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-
-HELPERS = Path(ranks.__file__).parent
-
-
-def two_ranks(tmp_path: Path, strategy: str, tie: str, lora: str, objective: str) -> dict:
-    out = tmp_path / "result.pt"
-    env = {**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(HELPERS / "ranks.py"), strategy, tie, lora, objective, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(out, weights_only=True)
+from launching import on_two_ranks
 
 
 @pytest.mark.slow
@@ -44,7 +27,8 @@ def test_two_ranks_equal_one_process(
     """Catches: a mean over ranks of per-rank means, a lost micro-batch, an ungathered head."""
     one = ranks.run("auto", tie == "tie", lora == "lora", objective)
     start = ranks.student(tie == "tie", lora == "lora").state_dict()
-    two = two_ranks(tmp_path, strategy, tie, lora, objective)
+    on_two_ranks(ranks, strategy, tie, lora, objective, tmp_path / "result.pt")
+    two = torch.load(tmp_path / "result.pt", weights_only=True)
     moved = 0.0
     for name, value in one["weights"].items():
         torch.testing.assert_close(

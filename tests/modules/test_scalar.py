@@ -5,9 +5,6 @@ Legend: ``B`` sequences, ``T`` positions, ``H`` hidden size.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import ranks_scalar
 import torch
 import toys
 import transformers
+from launching import on_two_ranks
 from ranks_scalar import Judged
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,7 +24,6 @@ from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
 from lightning_onpolicy.modules.scalar import HEAD_FILE, ScalarHead, ScalarModel, pack_left
 
-SCRIPT = Path(ranks_scalar.__file__)
 EOS, PAD = 22, 20
 # Rows: an EOS inside the prompt, a truncated answer, an empty answer (prompt alone), one token, the pad id as a word.
 ROWS = [[3, EOS, 4, 5, EOS], [1, 2, 3, 4, 5, 6, 7], [8, 9], [11], [PAD, 2, PAD]]
@@ -360,14 +357,7 @@ def test_two_ranks_equal_one_process(strategy: str, dtype: str, tmp_path: Path) 
     """Catches: a head in a group of another dtype, a pass that misses FSDP2's hooks, shares that do not add up."""
     one = ranks_scalar.run("auto", dtype)
     out = tmp_path / "result.pt"
-    path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(SCRIPT), strategy, dtype, str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_scalar, strategy, dtype, out)
     two = torch.load(out, weights_only=True)
     policy = ranks_scalar.student(getattr(torch, dtype))
     start = {"policy": policy.state_dict(), "judge": ScalarModel.copy_of(policy, std=0.3).state_dict()}

@@ -6,9 +6,6 @@ Legend: ``k`` samples, ``n`` responses.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import ranks_spct
 import torch
 from judged import GOOD, write_benchmark
+from launching import on_two_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_onpolicy.callbacks.completions import CompletionWriter
@@ -288,28 +286,7 @@ def test_two_ranks_judge_every_item_once_and_train_on_whole_groups(
     for folder in (one, two):
         folder.mkdir()
     ranks_spct.run(one, file, Path(short.path), "auto", 1)
-    script = Path(ranks_spct.__file__)
-    path = [
-        str(script.parent),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]  # an empty entry is the folder itself
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-        "--standalone",
-    ]
-    done = subprocess.run(
-        [*command, str(script), str(two), str(file), short.path],
-        env={**env, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(ranks_spct, two, file, short.path)
     for name in ("records.jsonl", "sweep.csv", "tables.txt"):
         for folder in ("report", "few"):
             assert (two / folder / name).read_text() == (one / folder / name).read_text(), (folder, name)
