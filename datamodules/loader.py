@@ -110,11 +110,12 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
             return self.maker.stack(scored, counts)
         # Other ranks have something to train on: this one takes part with a row that teaches nothing.
         batch = self.maker.stack(last[:1], counts).select([0])
-        return dataclasses.replace(
+        nothing = dataclasses.replace(
             batch,
             response_mask=torch.zeros_like(batch.response_mask),
             rewards=torch.full_like(batch.rewards, torch.nan),
         )
+        return nothing.with_extra(counted=torch.zeros_like(batch.on_policy))
 
     def state_dict(self) -> dict[str, Any]:
         """Also the surplus of dynamic sampling."""

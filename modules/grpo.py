@@ -46,7 +46,7 @@ from lightning_onpolicy.modules.losses.settings import (
     KLSpec,
     SurrogateSpec,
 )
-from lightning_onpolicy.modules.metrics import CORRECT
+from lightning_onpolicy.modules.metrics import CORRECT, own_rows
 from lightning_onpolicy.modules.onpolicy import LoopSpec, adamw
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.policy import Policy
@@ -286,7 +286,7 @@ class ProRLGRPO(WithReference, WithCritic):
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Also what the groups teach: pass rate, constant and solved groups, deviation; and the entropy bonus."""
         tally = Tally(self.device)
-        own = batch.on_policy
+        own = own_rows(batch)
         summary = group_summary(_task(batch)[own], batch.group[own])
         tally.add({k: v.to(self.device) for k, v in summary.items()})
         values = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))

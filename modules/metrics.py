@@ -26,6 +26,12 @@ from lightning_onpolicy.modules.statistics import Interval, average_at_k, pass_a
 CORRECT = 1.0 - 1e-6
 
 
+def own_rows(batch: RolloutBatch) -> Tensor:
+    """``[B]`` bool: rows that the policy sampled and that count; those that only make ranks equal are ``counted`` not."""
+    own: Tensor = batch.on_policy & batch.extra.get("counted", torch.ones_like(batch.on_policy)).bool()
+    return own
+
+
 class RowMetric(Metric):
     """Collects named columns of rows: what metrics whose maths needs single rows are made of."""
 
@@ -227,9 +233,8 @@ class RolloutMetrics(RowMetric):
             raise ValueError(
                 f"evaluation needs a prompt per row: {len(batch)} rows, {len(batch.prompts)} prompts."
             )
-        counted = batch.on_policy & batch.extra.get("counted", torch.ones_like(batch.on_policy)).bool()
         self._append(
-            counted,
+            own_rows(batch),
             score=batch.rewards,
             key=torch.tensor([prompt_key(p) for p in batch.prompts]),
             sample=sample_index(batch.group),

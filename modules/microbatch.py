@@ -84,26 +84,19 @@ def cut_groups(lengths: Sequence[int], groups: Sequence[int], budget: int) -> li
 def split_groups(groups: Sequence[int], parts: int) -> list[list[int]]:
     """``parts`` sets of row numbers, each with whole groups, interleaved as :func:`split_minibatches`' rows.
 
-    Raises:
-        ValueError: If there are fewer groups than parts.
+    Example:
+        >>> split_groups([0, 0, 1, 2, 2], 2)
+        [[0, 1, 3, 4], [2]]
     """
-    names = list(dict.fromkeys(groups))
-    if not 1 <= parts <= len(names):
-        raise ValueError(
-            f"minibatches={parts} cannot be cut from {len(names)} groups: lower it or take more prompts."
-        )
-    part_of = {name: i % parts for i, name in enumerate(names)}
+    part_of = {name: i % parts for i, name in enumerate(dict.fromkeys(groups))}
     return [[row for row, group in enumerate(groups) if part_of[group] == part] for part in range(parts)]
 
 
 def split_minibatches(rows: int, parts: int) -> list[list[int]]:
-    """``parts`` interleaved sets of row numbers, so that each mixes all prompts.
+    """``parts`` interleaved sets of row numbers, so that each mixes all prompts; the last are empty if rows are few.
 
-    Raises:
-        ValueError: If there are fewer rows than parts.
+    Example:
+        >>> split_minibatches(5, 2)
+        [[0, 2, 4], [1, 3]]
     """
-    if not 1 <= parts <= rows:
-        raise ValueError(
-            f"minibatches={parts} cannot be cut from {rows} rows: lower it or sample more rollouts."
-        )
     return [list(range(start, rows, parts)) for start in range(parts)]

@@ -22,6 +22,7 @@ from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
 from lightning_onpolicy.modules.evaluation import RolloutEvaluation
 from lightning_onpolicy.modules.losses.mismatch import mismatch
+from lightning_onpolicy.modules.metrics import own_rows
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.reported import Reported
@@ -49,7 +50,6 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
     """
 
     policy: Policy
-    whole_groups = False  # whether the loss compares the rows of a group, so that they must not be parted
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
 
     def rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """What the rollouts themselves say, over all ranks: reward and its parts, length, truncation."""
-        own = batch.on_policy
+        own = own_rows(batch)
         tally = Tally(self.device)
         scored = own & ~batch.rewards.isnan()
         tally.add(

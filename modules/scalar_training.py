@@ -46,7 +46,6 @@ class ScalarTraining(UpdateLoop, LeanCheckpoint, pl.LightningModule, ABC):
     """
 
     model: ScalarModel
-    whole_groups: ClassVar[bool] = False  # whether the loss compares rows of a group
     needs: ClassVar[tuple[str, ...]] = (PREFERRED,)  # of ``extra``
     fed_by: ClassVar[str]  # who makes such batches, for messages
 

@@ -61,6 +61,7 @@ class UpdateLoop(pl.LightningModule):
     """Mixin of :class:`OnPolicyModule`: minibatches, micro-batches, global counts, clipping, steps, schedules."""
 
     loop: LoopSpec
+    whole_groups = False  # whether the loss compares the rows of a group, so that they must not be parted
     weighs_rows = (
         False  # whether the loss reads the rows' weights, which the counts it is divided by have in them
     )
@@ -108,7 +109,8 @@ class UpdateLoop(pl.LightningModule):
             The number of steps taken.
 
         Raises:
-            ValueError: If no rank has a token to train on, or rows have weights that the loss does not read.
+            ValueError: If no rank has a token to train on, if there are fewer rows (or groups) than minibatches though
+                the batch is not short of any, or rows have weights that the loss does not read.
             FloatingPointError: If a gradient is not finite; that step is not taken.
         """
         if WEIGHT in batch.extra and not self.weighs_rows:
@@ -121,15 +123,10 @@ class UpdateLoop(pl.LightningModule):
                 f"step {self.trainer.global_step}: no trainable token in the batch on any rank. Responses are empty "
                 "or everything is masked: check sampling.max_new_tokens, the prompts' length, and weights of 0."
             )
+        self._refuse_too_few(batch, loop.minibatches, whole_groups)
         steps = 0
         for _ in range(loop.updates):
-            parts = (
-                split_groups(batch.group.tolist(), loop.minibatches)
-                if whole_groups
-                else split_minibatches(len(batch), loop.minibatches)
-            )
-            for rows in parts:
-                part = batch.select(rows)
+            for _, part in _parts(batch, loop.minibatches, whole_groups):
                 counts = self._counts(part)
                 if counts.tokens > 0:
                     self._one_step(
@@ -185,16 +182,20 @@ class UpdateLoop(pl.LightningModule):
     def per_token(self, batch: RolloutBatch, values: Callable[[RolloutBatch], Tensor]) -> Tensor:
         """``[B, T]`` values of the trained tokens, computed in micro-batches; 0 elsewhere. For ``prepare``.
 
+        The pieces have the shapes in which the loss will see the rows: in bfloat16 the shape shows in the values, and a
+        ratio to values of another shape would not begin at 1.
+
         Args:
             batch: The rollouts.
             values: From a micro-batch to ``[N]`` values, in row-major order of ``response_mask[:, 1:]``.
         """
         out = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=batch.device)
-        for rows, micro in self._pieces(batch, self.loop.micro_batch_tokens):
-            value_N = values(micro)  # also for padding pieces: the forward pass may be a collective
-            if rows:
-                index = torch.tensor(rows, device=batch.device)
-                out[index, : micro.input_ids.shape[1]] = scatter(value_N.float(), micro.response_mask)
+        for rows, part in _parts(batch, self.loop.minibatches, self.whole_groups):
+            for places, micro in self._pieces(part, self.loop.micro_batch_tokens, self.whole_groups):
+                value_N = values(micro)  # also for padding pieces: the forward pass may be a collective
+                if places:
+                    index = torch.tensor([rows[i] for i in places], device=batch.device)
+                    out[index, : micro.input_ids.shape[1]] = scatter(value_N.float(), micro.response_mask)
         return out
 
     def per_row(self, batch: RolloutBatch, values: Callable[[RolloutBatch], Tensor]) -> Tensor:
@@ -232,6 +233,17 @@ class UpdateLoop(pl.LightningModule):
         for _ in range(int(count) - len(cut)):
             yield [], _empty(batch)
 
+    def _refuse_too_few(self, batch: RolloutBatch, minibatches: int, whole_groups: bool) -> None:
+        """On all ranks alike; a batch that dynamic sampling could not fill is trained on in fewer steps."""
+        units = len(batch.group.unique()) if whole_groups else len(batch)
+        mine = torch.tensor([float(units), float(batch.counts.get("missing", 0.0))], device=self.device)
+        most, missing = parallel.reduce_ranks(self.trainer, mine, "max").tolist()
+        if most < minibatches and not missing:
+            raise ValueError(
+                f"minibatches={minibatches} cannot be cut from {most:g} {'groups' if whole_groups else 'rows'} per "
+                "rank: lower it or sample more."
+            )
+
     def _counts(self, batch: RolloutBatch) -> Counts:
         mask = batch.response_mask[:, 1:]
         weight_B = batch.extra.get(WEIGHT, mask.new_ones(len(mask), dtype=torch.float64)).double()
@@ -245,6 +257,16 @@ class UpdateLoop(pl.LightningModule):
             ]
         )
         return Counts(*parallel.reduce_ranks(self.trainer, local, "sum").tolist())
+
+
+def _parts(
+    batch: RolloutBatch, minibatches: int, whole_groups: bool
+) -> Iterator[tuple[list[int], RolloutBatch]]:
+    """Row numbers and rows of each minibatch; where rows are too few, the last have one that trains nothing."""
+    groups = batch.group.tolist()
+    cut = split_groups(groups, minibatches) if whole_groups else split_minibatches(len(batch), minibatches)
+    for rows in cut:
+        yield rows, batch.select(rows) if rows else _empty(batch)
 
 
 def _renamed(values: Any, first: bool) -> dict[str, Tensor]:

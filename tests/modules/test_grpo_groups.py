@@ -145,6 +145,43 @@ def test_the_references_grades_of_a_batch_do_not_outlive_a_reset(reset: bool) ->
     assert float((now - start).abs().max()) > 1e-3
 
 
+def test_a_batch_with_fewer_rows_than_minibatches() -> None:
+    """Few because nothing else varied: fewer steps. Few as configured: an error. Catches: a long run that one batch of
+    solved prompts ends, minibatches that are quietly fewer than asked for."""
+    for missing, steps in ((3.0, 4), (0.0, None)):
+        batch = dataclasses.replace(toys.batch(0, groups=1, size=4), counts={"missing": missing})
+        module = ProRLGRPO(toys.policy(0), "prorl_v1", loop=LoopSpec(minibatches=6))
+        trainer = anchored.trainer([])
+        loader: Any = DataLoader([batch], batch_size=None)
+        if steps is None:
+            with pytest.raises(ValueError, match="minibatches=6 cannot be cut from 4 rows per rank"):
+                trainer.fit(module, loader)
+        else:
+            trainer.fit(module, loader)
+            assert trainer.global_step == steps
+
+
+def test_grades_have_the_shapes_of_the_loss() -> None:
+    """Catches: log π_old from other pieces than log π, so that in bfloat16 the first ratios are not 1."""
+    seen: dict[str, list[tuple[int, ...]]] = {"prepare": [], "loss": []}
+
+    class Look(ProRLGRPO):
+        phase = "prepare"
+
+        def _stats(self, micro: RolloutBatch, outputs: tuple[str, ...]) -> Any:
+            seen[self.phase].append(tuple(micro.input_ids.shape))
+            return super()._stats(micro, outputs)
+
+        def update(self, batch: RolloutBatch) -> dict[str, float]:
+            self.phase = "loss"
+            return super().update(batch)
+
+    module = Look(toys.policy(0), "dapo", loop=LoopSpec(minibatches=3, micro_batch_tokens=24))
+    loader: Any = DataLoader([toys.batch(0, groups=4, size=4)], batch_size=None)
+    anchored.trainer([]).fit(module, loader)
+    assert seen["prepare"] == seen["loss"] and len(set(seen["loss"])) > 1
+
+
 @pytest.mark.parametrize("advantage", ["group_zscore", "reinforce_pp_baseline"])
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_a_smaller_batch_is_divided_by_what_it_has(advantage: Any, reduction: Any) -> None:

@@ -11,14 +11,18 @@ from launching import on_two_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "lora"), [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")])
-def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, lora: str) -> None:
-    """Catches: whitening or covariances per rank, a reference that is not sharded as the policy is, a stale reset."""
-    one = ranks_grpo.run("auto", lora == "lora")
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora"), ("ddp", "poor"), ("fsdp2", "poor")],
+)
+def test_two_ranks_equal_one_process(tmp_path: Path, strategy: str, case: str) -> None:
+    """Catches: whitening or covariances per rank, a reference that is not sharded as the policy is, a stale reset, a
+    rank with fewer rows than minibatches that raises while the other waits for it."""
+    one = ranks_grpo.run("auto", case)
     out = tmp_path / "result.pt"
-    on_two_ranks(ranks_grpo, strategy, lora, out)
+    on_two_ranks(ranks_grpo, strategy, case, out)
     two = torch.load(out, weights_only=True)
-    start = ranks_grpo.ranks.student(False, lora == "lora").state_dict()
+    start = ranks_grpo.ranks.student(False, case == "lora").state_dict()
     moved = 0.0
     for name, value in one["weights"].items():
         torch.testing.assert_close(
