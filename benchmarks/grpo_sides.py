@@ -97,7 +97,9 @@ def our_side(lane: Lane, setting: Setting, device: str, steps: int, hooks: Hooks
         kl=KLSpec(BETA, gradient="forward"),
         reduction="token_mean",
         optimizer=partial(adamw, lr=lane.lr),
-        loop=LoopSpec(updates=lane.updates, micro_batch_tokens=setting.positions, max_grad_norm=clip),
+        loop=LoopSpec(
+            minibatches=1, updates=lane.updates, micro_batch_tokens=setting.positions, max_grad_norm=clip
+        ),
     )
     module.configure_model()
     module.reset_reference({f"model.{name}": value for name, value in reference.state_dict().items()})

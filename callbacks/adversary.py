@@ -22,7 +22,7 @@ from lightning_onpolicy.callbacks.adversary_rules import (
 )
 from lightning_onpolicy.callbacks.protocol import StepMetrics, WarnOnce, tokenizer_of
 from lightning_onpolicy.datamodules.batch import RolloutBatch
-from lightning_onpolicy.modules.checkpoint import gathered_by_rank
+from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.modules.reported import Reported
 
 Action = Literal["warn", "stop"]

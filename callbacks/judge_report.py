@@ -13,7 +13,7 @@ from lightning_onpolicy.callbacks.evaluation_tables import as_text, width_of
 from lightning_onpolicy.callbacks.rollout_files import move_aside
 from lightning_onpolicy.callbacks.rollout_table import print_table
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, write_records
-from lightning_onpolicy.modules.checkpoint import gathered_by_rank
+from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.modules.judging.sweep import Row, sweep
 from lightning_onpolicy.modules.judging.tables import benchmark_table, draw_sweep, grid_table, write_sweep
 

@@ -96,9 +96,12 @@ def step_times(
     times = {"time/step": wall, **{f"time/{name}": x for name, x in phases.items()}}
     times |= {f"time/{name}_percent": 100.0 * x / max(wall, 1e-9) for name, x in phases.items()}
     tokens = float(batch.response_mask[batch.on_policy].sum())
+    sampled = batch.counts.get(
+        "tokens", tokens
+    )  # with dynamic sampling, also those of the groups that were dropped
     rates = {"throughput/overall": tokens / max(wall, 1e-9)}
     if "rollout" in batch.timings:
-        rates["throughput/generated"] = tokens / max(phases["rollout"], 1e-9)
+        rates["throughput/generated"] = sampled / max(phases["rollout"], 1e-9)
     return times, rates
 
 

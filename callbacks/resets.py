@@ -7,7 +7,7 @@ In YAML, both at once when validation stalls, or KL runs away::
         init_args:
           trigger:
             - {class_path: Stall, init_args: {monitor: val/accuracy, patience: 5, min_gap: 200}}
-            - {class_path: Ceiling, init_args: {monitor: train/kl, limit: 0.1, patience: 3}}
+            - {class_path: Ceiling, init_args: {monitor: train/kl_ref_k3, limit: 0.1, patience: 3}}
       - class_path: OptimizerReset  # without a trigger of its own: with every ReferenceReset
 
 ProRL (arXiv 2505.24864) resets both, on stalled or worse validation; ProRL v2 (NVIDIA, August 2025) keeps the optimizer
@@ -126,6 +126,12 @@ class ReferenceReset(TriggeredCallback):
         if not isinstance(pl_module, ResetsReference):
             reference = submodule(pl_module, self.reference, "reference")
             check_copyable(policy, reference, (self.policy, self.reference))
+        elif getattr(pl_module, self.reference, pl_module) is None:
+            raise ValueError(
+                f"ReferenceReset: {type(pl_module).__name__} keeps no {self.reference} (kl.coef is 0): there is "
+                "nothing to reset. Set kl.coef > 0, or remove ReferenceReset and what waits for it (an OptimizerReset "
+                "without a trigger of its own, stages at reset:N)."
+            )
 
     def metrics_read(self, at: At) -> set[str]:
         own = {self.monitor} if self.monitor is not None and at == "validation" else set()

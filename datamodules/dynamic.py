@@ -4,6 +4,9 @@ A group whose rewards are all equal has no advantage, so it costs time and dilut
 counts is the raw task reward of the whole group, before shaping, and whether it varies at all: a standard deviation
 would take float noise for a signal, and a mean would drop partial credit.
 
+What counts by default is any difference; ``threshold`` takes the right and the wrong instead, so that an all-wrong
+group with more and less of partial credit does not pass (the accuracy filter of DAPO and verl).
+
 All ranks sample equally many rounds, because where a forward pass is a collective they must; a rank that has more than
 it needs carries the surplus over. Fresh groups go first, so what is carried fills gaps only and is never older than
 ``max_age`` batches; ``policy_lag`` in the metrics shows it.
@@ -16,9 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 
 log = logging.getLogger(__name__)
+#: Times ``max_rounds`` that are sampled before nothing at all to train on is an error.
+PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,11 @@ class DynamicSampling:
     """How a batch is filled with groups whose reward varies.
 
     Args:
-        max_rounds: Most times that prompts are sampled for one batch; then the smaller batch is trained on.
+        max_rounds: Most times that prompts are sampled for one batch; then the smaller batch is trained on. While no
+            rank has a single group, up to ``PATIENCE`` times as many.
         metric: Name of the reward that must vary within a group; default: the weighted total before shaping.
+        threshold: A reward counts as right from here on and as wrong below, and groups must have both; null: any two
+            rewards that differ will do.
         max_age: Batches a surplus group may wait for; 0 throws surplus away.
 
     Raises:
@@ -37,6 +48,7 @@ class DynamicSampling:
     max_rounds: int = 4
     metric: str | None = None
     max_age: int = 1
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
@@ -59,17 +71,16 @@ class ScoredGroup:
     parts: Mapping[str, Sequence[float | None]]
     total: Sequence[float | None]
 
-    def varies(self, metric: str | None) -> bool:
-        """Whether the raw reward differs between completions that could be scored."""
-        known = self._known(metric)
-        return bool(known) and max(known) != min(known)
-
-    def silent(self, metric: str | None) -> bool:
-        """Whether no completion could be scored."""
-        return not self._known(metric)
-
-    def _known(self, metric: str | None) -> list[float]:
+    def known(self, metric: str | None = None) -> list[float]:
+        """The raw rewards of completions that could be scored."""
         return [x for x in (self.total if metric is None else self.parts[metric]) if x is not None]
+
+    def varies(self, metric: str | None = None, threshold: float | None = None) -> bool:
+        """Whether they differ, or lie on both sides of a threshold."""
+        known: list[float] = self.known(metric)
+        if threshold is not None:
+            known = [float(x >= threshold - 1e-6) for x in known]
+        return bool(known) and max(known) != min(known)
 
 
 class Refill:
@@ -98,29 +109,31 @@ class Refill:
             drawn: How they are sampled; surplus that was sampled otherwise is thrown away.
 
         Returns:
-            At most ``wanted`` groups; none if no group varies on this rank but some do on others.
+            At most ``wanted`` groups; none if no group varies on this rank but some do on others. Counts are of all
+            that was sampled: groups ``sampled``, ``varying``, in which all were right (``solved``) or none
+            (``failed``), the share of right completions (``pass_rate``), ``tokens``; then groups ``carried`` over and
+            ``missing``, and ``rounds``.
 
         Raises:
             RuntimeError: If no group varies on any rank.
         """
         old = [x for x in self._surplus if number - x[0] <= self.spec.max_age and x[1] == drawn]
         fresh: list[ScoredGroup] = []
-        sampled = rounds = silent = 0
-        while rounds == 0 or (
-            rounds < self.spec.max_rounds and self.any_rank(len(fresh) + len(old) < self.wanted)
-        ):
+        seen: list[ScoredGroup] = []
+        rounds = 0
+        while self._more(rounds, len(fresh) + len(old)):
             groups = sample(rounds)
             rounds += 1
-            sampled += len(groups)
-            silent += sum(g.silent(self.spec.metric) for g in groups)
-            fresh += [g for g in groups if g.varies(self.spec.metric)]
+            seen += groups
+            fresh += [g for g in groups if g.varies(self.spec.metric, self.spec.threshold)]
         used = fresh[: self.wanted]
         carried = old[: self.wanted - len(used)]
         self._surplus = [*old[len(carried) :], *((number, drawn, g) for g in fresh[len(used) :])]
         batch = [*used, *(g for *_, g in carried)]
         if not self.any_rank(bool(batch)):
+            silent = sum(not g.known(self.spec.metric) for g in seen)
             raise RuntimeError(
-                f"batch {number}: none of the {sampled} groups sampled in {rounds} rounds has rewards that differ: "
+                f"batch {number}: none of the {len(seen)} groups sampled in {rounds} rounds has rewards that differ: "
                 f"{silent} could not be scored, and in the others every prompt is always solved or never. Change the "
                 "difficulty of the prompts, raise group_size or temperature, or look at what the verifier answers."
             )
@@ -133,29 +146,80 @@ class Refill:
                 len(batch),
                 self.wanted,
                 rounds,
-                sampled,
+                len(seen),
             )
             self._said = True
-        counts = {"sampled": sampled, "varying": len(fresh), "carried": len(carried), "rounds": rounds}
-        return batch, {name: float(n) for name, n in counts.items()} | {
-            "missing": float(self.wanted - len(batch))
-        }
+        counts = {"varying": len(fresh), "carried": len(carried), "rounds": rounds}
+        counts["missing"] = self.wanted - len(batch)
+        return batch, {**summary(seen, self.spec), **{name: float(n) for name, n in counts.items()}}
+
+    def _more(self, rounds: int, have: int) -> bool:
+        """Whether another round is sampled: the same answer on all ranks."""
+        if rounds == 0:
+            return True
+        if rounds < self.spec.max_rounds:
+            return self.any_rank(have < self.wanted)
+        return rounds < PATIENCE * self.spec.max_rounds and not self.any_rank(have > 0)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The surplus in plain values and tensors."""
-        return [
-            {"number": number, "drawn": drawn, **_plain(scored)} for number, drawn, scored in self._surplus
-        ]
+        """The surplus in plain values and tensors; a group whose row has others is left out, with a warning."""
+        kept = []
+        for number, drawn, scored in self._surplus:
+            try:
+                kept.append({"number": number, "drawn": drawn, **_plain(scored)})
+            except TypeError as error:
+                prompt = scored.group.prompt
+                log.warning(
+                    "dynamic sampling: a checkpoint cannot keep the surplus group of prompt %r: %s. A resumed run "
+                    "samples others; keep such columns as text.",
+                    prompt.uid or prompt.text,
+                    error,
+                )
+        return kept
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Take up a surplus."""
         self._surplus = [(int(item["number"]), item["drawn"], _scored(item)) for item in state]
 
 
+def summary(seen: Sequence[ScoredGroup], spec: DynamicSampling) -> dict[str, float]:
+    """What all sampled groups say of the prompts, the dropped ones included; see :meth:`Refill.fill`."""
+    threshold = 1.0 if spec.threshold is None else spec.threshold
+    right = [[x >= threshold - 1e-6 for x in known] for g in seen if (known := g.known(spec.metric))]
+    flat = [one for group in right for one in group]
+    return {
+        "sampled": float(len(seen)),
+        "solved": float(sum(map(all, right))),
+        "failed": float(sum(not any(group) for group in right)),
+        "pass_rate": sum(flat) / len(flat) if flat else 0.0,
+        "tokens": float(sum(c.tokens for g in seen for c in g.group.completions)),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A row's value as weights-only loading accepts it: NumPy's scalars and arrays become Python's.
+
+    Raises:
+        TypeError: If it has none such.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, str | int | float | bool | bytes | torch.Tensor):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        inside = [plain(v) for v in value]
+        return (
+            inside if isinstance(value, list) else tuple(inside) if isinstance(value, tuple) else set(inside)
+        )
+    raise TypeError(f"its row holds a {type(value).__module__}.{type(value).__qualname__}")
+
+
 def _plain(scored: ScoredGroup) -> dict[str, Any]:
     prompt, completions = scored.group.prompt, scored.group.completions
     return {
-        "prompt": {**asdict(prompt), "ids": list(prompt.ids), "row": dict(prompt.row)},
+        "prompt": {**asdict(prompt), "ids": list(prompt.ids), "row": plain(prompt.row)},
         "completions": [dict(vars(c)) for c in completions],
         "parts": {name: list(scores) for name, scores in scored.parts.items()},
         "total": list(scored.total),

@@ -40,6 +40,8 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
         on_policy_fraction: λ of GKD: expected share of prompts whose completions the policy samples.
         dynamic_sampling: Sample again in place of groups whose rewards are all equal; None takes what comes.
         any_rank: Whether a statement holds on any rank, for dynamic sampling.
+        by_rank: Every rank's state by its number, for :meth:`state_dict`, which is then a collective; default: this
+            rank's alone.
 
     Raises:
         ValueError: If a number is out of range, or settings exclude each other.
@@ -58,6 +60,7 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
         on_policy_fraction: float = 1.0,
         dynamic_sampling: DynamicSampling | None = None,
         any_rank: Callable[[bool], bool] = bool,
+        by_rank: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(stream, prompts_per_batch, steps)
         if not 0 <= on_policy_fraction <= 1:
@@ -68,6 +71,7 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
             )
         self.maker, self.seed, self.rank = maker, seed, rank
         self.off_policy, self.on_policy_fraction = off_policy, on_policy_fraction
+        self.by_rank = by_rank
         self._refill: Refill | None = None
         if dynamic_sampling is not None:
             if on_policy_fraction < 1:
@@ -118,15 +122,18 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
         return nothing.with_extra(counted=torch.zeros_like(batch.on_policy))
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the surplus of dynamic sampling."""
-        surplus = {} if self._refill is None else {"surplus": self._refill.state_dict()}
-        return {**super().state_dict(), **surplus}
+        """Also the surplus of dynamic sampling, every rank's: a checkpoint keeps one rank's state for all."""
+        if self._refill is None:
+            return super().state_dict()
+        mine = {str(self.rank): self._refill.state_dict()}
+        every = [mine] if self.by_rank is None else self.by_rank(mine).values()
+        return {**super().state_dict(), "surplus": {k: v for one in every for k, v in one.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         super().load_state_dict(state)
         if self._refill is not None:
-            self._refill.load_state_dict(state.get("surplus", []))
+            self._refill.load_state_dict(state.get("surplus", {}).get(str(self.rank), []))
 
     def _own_count(self) -> int:
         """Prompts sampled by the policy: λ·P, its fraction rounded at random so that λ holds in expectation.

@@ -19,6 +19,7 @@ from lightning_onpolicy.datamodules.loader import (
 )
 from lightning_onpolicy.datamodules.precision import autocast_of, keep_batches
 from lightning_onpolicy.datamodules.prompts import PromptStream, shard_of
+from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.shaping import Shaper
 from lightning_onpolicy.datamodules.rows import Source
@@ -197,6 +198,7 @@ class OnPolicyDataModule(pl.LightningDataModule):
                 on_policy_fraction=self.on_policy_fraction,
                 dynamic_sampling=self.dynamic_sampling,
                 any_rank=self._any_rank,
+                by_rank=gathered_by_rank,
             )
         )
 

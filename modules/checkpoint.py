@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.scalar import ScalarModel
 
@@ -105,15 +106,6 @@ class LeanCheckpoint(pl.LightningModule):
                 "an exact resume needs the same number. To start anew from its weights, load them as the student."
             )
         _set_rng_state(states[str(self.global_rank)])
-
-
-def gathered_by_rank(state: Any) -> dict[str, Any]:
-    """Every rank's state under its number; all ranks must call it."""
-    states: list[Any] = [state]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        states = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, state)
-    return {str(rank): one for rank, one in enumerate(states)}
 
 
 def _rng_state() -> dict[str, Any]:

@@ -29,9 +29,9 @@ from torch import nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
 from lightning_onpolicy.datamodules.judged import judged_items, rows_of_items
+from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.datamodules.replay import ReplayBuffer
 from lightning_onpolicy.modules import parallel
-from lightning_onpolicy.modules.checkpoint import gathered_by_rank
 from lightning_onpolicy.modules.gad_generator import GADGenerator, Verdict
 from lightning_onpolicy.modules.gad_reward import AdversarialReward
 from lightning_onpolicy.modules.gad_stages import Clock, Gate, Replay, Warmup, players
@@ -116,11 +116,7 @@ class GAD(GADGenerator):
         )
         self.discriminator_optimizer = discriminator_optimizer or functools.partial(adamw, lr=base.lr)
         self.discriminator_scheduler = discriminator_scheduler
-        self.discriminator_loop = (
-            discriminator_loop
-            if isinstance(discriminator_loop, LoopSpec)
-            else LoopSpec(**(discriminator_loop or {}))
-        )
+        self.discriminator_loop = LoopSpec.of(discriminator_loop)
         self.clock = Clock()
         self.replay_spec = Replay(**replay) if isinstance(replay, Mapping) else replay
         self.replay: ReplayBuffer | None = None

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -65,7 +66,9 @@ class ProRLGRPO(WithReference, WithCritic):
 
     Args:
         student: The policy: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
-        recipe: Name of the published recipe that fills in what is not given below (``modules/presets.py``).
+        recipe: Name of the published recipe that fills in what is not given below (``modules/presets.py``). A spec that
+            is given replaces the recipe's whole; start from ``dataclasses.replace(preset("dapo").surrogate, dual=3.0)``
+            to change a part of it. What differs from the recipe is said when training starts.
         advantage: What a response, or a token, was worth.
         surrogate: How far one batch may move the policy.
         kl: What ties the policy to its reference.
@@ -74,11 +77,13 @@ class ProRLGRPO(WithReference, WithCritic):
         reduction: ``token_mean``, ``sequence_mean``, ``sequence_sum``, ``constant`` (Dr. GRPO) or ``sum`` over the
             optimizer step.
         reduction_length: L of ``constant``: the longest response, in tokens.
-        positive_nll: Coefficient of the negative log-likelihood of correct responses (reward 1), and of rows the
-            policy did not sample, which have no other loss and are graded at temperature 1.
+        positive_nll: Coefficient of the negative log-likelihood of correct responses, and of rows the policy did not
+            sample, which have no other loss and are graded at temperature 1.
+        correct: Name of the reward (of ``data.rewards``) that says whether a response is correct: where it is 1. Null:
+            the weighted total before shaping, in which a wrong response must then not reach 1 by other rewards.
         optimizer: From parameters to an optimizer; default: AdamW with the recipe's learning rate.
         scheduler: From the optimizer to a schedule.
-        loop: How a rollout batch becomes optimizer steps; default: the recipe's minibatches.
+        loop: How a rollout batch becomes optimizer steps; ``minibatches`` it leaves open are the recipe's.
         critic: Of ``advantage.kind`` gae, and only there: the model behind the values.
         critic_optimizer: From the critic's parameters to its optimizer, the second; default: AdamW at 1e-5.
         critic_scheduler: From the critic's optimizer to a schedule.
@@ -99,6 +104,7 @@ class ProRLGRPO(WithReference, WithCritic):
         reduction: PolicyReduction | None = None,
         reduction_length: int | None = None,
         positive_nll: float = 0.0,
+        correct: str | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         loop: LoopSpec | None = None,
@@ -114,7 +120,7 @@ class ProRLGRPO(WithReference, WithCritic):
             student,
             optimizer or functools.partial(adamw, lr=base.lr),
             scheduler,
-            loop if loop is not None else LoopSpec(minibatches=base.minibatches),
+            LoopSpec.of(loop, base.minibatches),
             _spec(CriticSpec, critic, CriticSpec()) if learnt else None,
             critic_optimizer,
             critic_scheduler,
@@ -148,6 +154,7 @@ class ProRLGRPO(WithReference, WithCritic):
             "the longest response in tokens with reduction constant, and left out otherwise",
         )
         _check(positive_nll >= 0, "positive_nll", positive_nll, ">= 0")
+        self.correct = correct
         self.entropy_control = EntropyControl(self.entropy)
         self.save_hyperparameters(
             {
@@ -157,10 +164,20 @@ class ProRLGRPO(WithReference, WithCritic):
                 **dataclasses.asdict(self.objective),
                 "reduction": self.reduction,
                 "reduction_length": reduction_length,
+                "correct": correct,
                 "loop": dataclasses.asdict(self.loop),
                 "critic": self.critic_spec and dataclasses.asdict(self.critic_spec),
             }
         )
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Also say what differs from the recipe."""
+        super().setup(stage)
+        changed = departures(self) if stage == "fit" else []
+        if changed:
+            rank_zero_info(f"{type(self).__name__}: recipe {self.recipe}, but {', '.join(changed)}.")
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -181,8 +198,7 @@ class ProRLGRPO(WithReference, WithCritic):
         """Grade the rollout: log-probabilities before any update on it, reference, advantages."""
         self._refuse(batch)
         mask_BT, extra = batch.response_mask, {}
-        several = self.loop.updates * self.loop.minibatches > 1
-        if several or self.entropy.covariance or self.kl.place == "reward":
+        if self.loop.steps > 1 or self.entropy.covariance or self.kl.in_reward:
             with eval_mode(self.policy):
                 extra["logp_old"] = self.per_token(batch, lambda m: self._stats(m, ("logp",)).logp)
         if self.reference is not None:
@@ -201,7 +217,7 @@ class ProRLGRPO(WithReference, WithCritic):
         reward_B = torch.where(batch.on_policy, batch.rewards, float("nan"))
         self._refuse_unscored(reward_B)
         old_N = ref_N = gather(torch.zeros_like(batch.sampler_logprobs), mask_BT)
-        if self.kl.place == "reward":
+        if self.kl.in_reward:
             old_N, ref_N = (gather(logp[name], mask_BT) for name in ("logp_old", "logp_ref"))
         penalty = (old_N, ref_N, mask_BT, self.kl.coef)
         if self.critic is not None:
@@ -259,7 +275,7 @@ class ProRLGRPO(WithReference, WithCritic):
             logp_ref_N=known.get("logp_ref"),
             logmu_N=gather(micro.sampler_logprobs, mask_BT),
             own_N=spread(micro.on_policy, mask_BT),
-            positive_N=spread(~micro.on_policy | (_task(micro) >= CORRECT), mask_BT),
+            positive_N=spread(~micro.on_policy | (graded(micro, self.correct) >= CORRECT), mask_BT),
             picked_N=known.get("picked"),
         )
         loss_N, means = objective(self.objective, tokens, self.entropy_control.coef)
@@ -287,7 +303,8 @@ class ProRLGRPO(WithReference, WithCritic):
         """Also what the groups teach: pass rate, constant and solved groups, deviation; and the entropy bonus."""
         tally = Tally(self.device)
         own = own_rows(batch)
-        summary = group_summary(_task(batch)[own], batch.group[own])
+        task_B, graded_B = graded(batch), graded(batch, self.correct)
+        summary = group_summary(task_B[own], batch.group[own], graded_B=graded_B[own])
         tally.add({k: v.to(self.device) for k, v in summary.items()})
         values = tally.compute(lambda x, op: parallel.reduce_ranks(self.trainer, x, op))
         return {**super().rollout_metrics(batch), **values, "entropy_coef": self.entropy_control.coef}
@@ -297,9 +314,43 @@ class ProRLGRPO(WithReference, WithCritic):
         return {"reward": "reward", "constant_groups": "const", "entropy": "H"}
 
 
-def _task(batch: RolloutBatch) -> Tensor:
-    """``[B]`` rewards before shaping: what says whether a response is right."""
-    return batch.reward_parts.get("task", batch.rewards)
+def departures(module: ProRLGRPO) -> list[str]:
+    """What a module has otherwise than its recipe: ``"kl.coef 0.001 (recipe: 0.0001)"``.
+
+    Example:
+        >>> departures(ProRLGRPO("student", "dapo", surrogate=SurrogateSpec(dual=3.0)))
+        ['surrogate.low None (recipe: 0.2)', 'surrogate.high None (recipe: 0.28)', 'surrogate.dual 3.0 (recipe: None)']
+    """
+    base = preset(module.recipe)
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"{name}.{key}", getattr(mine, key), old)
+        for name, mine in (
+            ("advantage", module.advantage),
+            ("surrogate", module.objective.surrogate),
+            ("kl", module.kl),
+            ("correction", module.objective.correction),
+            ("entropy", module.entropy),
+        )
+        for key, old in vars(getattr(base, name)).items()
+    ]
+    pairs += [("reduction", module.reduction, base.reduction)]
+    pairs += [("loop.minibatches", module.loop.minibatches, base.minibatches)]
+    return [f"{name} {new} (recipe: {old})" for name, new, old in pairs if new != old]
+
+
+def graded(batch: RolloutBatch, part: str | None = None) -> Tensor:
+    """``[B]`` rewards before shaping, or one of those they are made of.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if part is None:
+        return batch.reward_parts.get("task", batch.rewards)
+    if part not in batch.reward_parts:
+        raise ValueError(
+            f"correct names {part!r}; the rewards of the batch are {sorted(batch.reward_parts)}."
+        )
+    return batch.reward_parts[part]
 
 
 def _spec(kind: type[Spec], given: Any, default: Spec) -> Spec:

@@ -27,7 +27,7 @@ CORRECT = 1.0 - 1e-6
 
 
 def own_rows(batch: RolloutBatch) -> Tensor:
-    """``[B]`` bool: rows that the policy sampled and that count; those that only make ranks equal are ``counted`` not."""
+    """``[B]`` bool: rows that the policy sampled, without those that only make ranks equal (``counted`` False)."""
     own: Tensor = batch.on_policy & batch.extra.get("counted", torch.ones_like(batch.on_policy)).bool()
     return own
 

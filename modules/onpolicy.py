@@ -68,7 +68,7 @@ class OnPolicyModule(UpdateLoop, RolloutEvaluation, LeanCheckpoint, pl.Lightning
             )
         self.optimizer_callable = optimizer
         self.scheduler_callable = scheduler
-        self.loop = loop if isinstance(loop, LoopSpec) else LoopSpec(**(loop or {}))
+        self.loop = LoopSpec.of(loop)
         self.phases = Phases(self.loop.deadline_s)
         self._reported: defaultdict[str, Reported] = defaultdict(Reported)
         self._built = False

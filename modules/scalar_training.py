@@ -66,7 +66,7 @@ class ScalarTraining(UpdateLoop, LeanCheckpoint, pl.LightningModule, ABC):
         self.spec = None if isinstance(model, ScalarModel) else ModelSpec.of(model)
         self.head_std, self.export = head_std, export
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
-        self.loop = loop if isinstance(loop, LoopSpec) else LoopSpec(**(loop or {}))
+        self.loop = LoopSpec.of(loop)
         self.phases = Phases(self.loop.deadline_s)
         self._reported: defaultdict[str, Reported] = defaultdict(Reported)
         self._tokenizer: Any = None

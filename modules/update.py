@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class LoopSpec:
 
     Args:
         updates: Passes over each rollout batch.
-        minibatches: Optimizer steps per pass.
+        minibatches: Optimizer steps per pass; null: the recipe's, or 1 where there is no recipe.
         micro_batch_tokens: Positions (rows × longest row) per forward and backward pass; lower it when memory is
             short, gradients stay the same.
         head_budget_mb: Workspace of the output head, in MiB: logits kept for the backward pass; what does not fit is
@@ -43,7 +43,7 @@ class LoopSpec:
     """
 
     updates: int = 1
-    minibatches: int = 1
+    minibatches: int | None = None
     micro_batch_tokens: int = 16384
     head_budget_mb: int = 64
     max_grad_norm: float | None = 1.0
@@ -51,10 +51,27 @@ class LoopSpec:
 
     def __post_init__(self) -> None:
         for key in ("updates", "minibatches", "micro_batch_tokens", "head_budget_mb"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"loop.{key} must be >= 1, got {getattr(self, key)}.")
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"loop.{key} must be >= 1, got {value}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"loop.max_grad_norm must be positive or null, got {self.max_grad_norm}.")
+
+    @classmethod
+    def of(cls, given: LoopSpec | Mapping[str, Any] | None, minibatches: int = 1) -> LoopSpec:
+        """A spec from itself, its plain dict (as stored in checkpoints) or nothing, with its minibatches known.
+
+        Args:
+            given: What the user gave.
+            minibatches: Where ``given`` names none.
+        """
+        spec = given if isinstance(given, LoopSpec) else cls(**(given or {}))
+        return spec if spec.minibatches is not None else dataclasses.replace(spec, minibatches=minibatches)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per rollout batch."""
+        return self.updates * (self.minibatches or 1)
 
 
 class UpdateLoop(pl.LightningModule):
@@ -123,10 +140,11 @@ class UpdateLoop(pl.LightningModule):
                 f"step {self.trainer.global_step}: no trainable token in the batch on any rank. Responses are empty "
                 "or everything is masked: check sampling.max_new_tokens, the prompts' length, and weights of 0."
             )
-        self._refuse_too_few(batch, loop.minibatches, whole_groups)
+        minibatches = loop.minibatches or 1
+        self._refuse_too_few(batch, minibatches, whole_groups)
         steps = 0
         for _ in range(loop.updates):
-            for _, part in _parts(batch, loop.minibatches, whole_groups):
+            for _, part in _parts(batch, minibatches, whole_groups):
                 counts = self._counts(part)
                 if counts.tokens > 0:
                     self._one_step(
@@ -190,7 +208,7 @@ class UpdateLoop(pl.LightningModule):
             values: From a micro-batch to ``[N]`` values, in row-major order of ``response_mask[:, 1:]``.
         """
         out = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=batch.device)
-        for rows, part in _parts(batch, self.loop.minibatches, self.whole_groups):
+        for rows, part in _parts(batch, self.loop.minibatches or 1, self.whole_groups):
             for places, micro in self._pieces(part, self.loop.micro_batch_tokens, self.whole_groups):
                 value_N = values(micro)  # also for padding pieces: the forward pass may be a collective
                 if places:
@@ -235,7 +253,7 @@ class UpdateLoop(pl.LightningModule):
 
     def _refuse_too_few(self, batch: RolloutBatch, minibatches: int, whole_groups: bool) -> None:
         """On all ranks alike; a batch that dynamic sampling could not fill is trained on in fewer steps."""
-        units = len(batch.group.unique()) if whole_groups else len(batch)
+        units = len(set(batch.group.tolist())) if whole_groups else len(batch)
         mine = torch.tensor([float(units), float(batch.counts.get("missing", 0.0))], device=self.device)
         most, missing = parallel.reduce_ranks(self.trainer, mine, "max").tolist()
         if most < minibatches and not missing:

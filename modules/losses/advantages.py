@@ -170,13 +170,16 @@ def advantages(
     return reinforce_pp_baseline(reward_B, group_B, weight_B=weight_B, eps=spec.eps, reduce=reduce)
 
 
-def group_summary(reward_B: Tensor, group_B: Tensor, correct: float = 1.0 - 1e-6) -> dict[str, Tensor]:
+def group_summary(
+    reward_B: Tensor, group_B: Tensor, correct: float = 1.0 - 1e-6, graded_B: Tensor | None = None
+) -> dict[str, Tensor]:
     """What the groups say about the data, as values to take the mean of.
 
     Args:
         reward_B: ``[B]`` rewards; NaN = not scored.
         group_B: ``[B]`` group numbers.
-        correct: A response is correct if its reward is at least this.
+        correct: A response is correct if it is graded at least this.
+        graded_B: ``[B]`` what says whether a response is correct; default: the rewards.
 
     Returns:
         ``pass_rate`` per scored row; per group with two scored rows or more ``constant_groups`` (1 if it teaches
@@ -184,7 +187,7 @@ def group_summary(reward_B: Tensor, group_B: Tensor, correct: float = 1.0 - 1e-6
     """
     groups = Groups.of(reward_B, group_B)
     scored = ~reward_B.detach().cpu().isnan()
-    right = scored & (groups.reward_B >= correct)
+    right = scored & ((groups.reward_B if graded_B is None else graded_B.detach().cpu()) >= correct)
     # One row stands for each group: its first scored one.
     order = torch.arange(len(scored))
     first = torch.full((int(groups.index_B.max()) + 1 if len(scored) else 0,), len(scored))

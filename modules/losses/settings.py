@@ -138,7 +138,7 @@ class KLSpec:
     """What ties the policy to a reference.
 
     Args:
-        coef: β; 0 means no reference is kept.
+        coef: β; 0 switches it off: no reference is kept, and the settings below wait.
         gradient: Of the penalty in the loss, on-policy: ``reverse`` (that of KL(π‖ref); "k2") or ``forward`` (that of
             KL(ref‖π); what "k3" as a loss follows).
         place: ``loss``, or ``reward``: β · Σ_t (log π − log ref) is taken off the response's reward; with
@@ -160,14 +160,11 @@ class KLSpec:
         _require(self.clamp is None or 0 < self.clamp <= 20, "kl.clamp", self.clamp, "in (0, 20] or null")
         for key, default in (("gradient", "reverse"), ("clamp", None), ("importance", False)):
             _unused(getattr(self, key) != default, f"kl.{key}", self.place, "loss")
-        for key, default in (
-            ("gradient", "reverse"),
-            ("place", "loss"),
-            ("clamp", None),
-            ("importance", False),
-        ):
-            unused = self.coef == 0 and getattr(self, key) != default
-            _require(not unused, f"kl.{key}", getattr(self, key), "left out while kl.coef is 0")
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether rewards carry it."""
+        return self.place == "reward" and self.coef > 0
 
 
 @dataclass(frozen=True)
@@ -259,4 +256,6 @@ def _one_of(key: str, value: object, kinds: object) -> None:
 
 def _unused(given: bool, key: str, kind: str, *kinds: str) -> None:
     if given and kind not in kinds:
-        raise ValueError(f"{key} has no effect with {kind!r}: remove it, or choose one of {kinds}.")
+        raise ValueError(
+            f"{key} has no effect with {kind!r}: set it to null (or its default), or choose one of {kinds}."
+        )

@@ -15,7 +15,13 @@ from lightning_onpolicy._configs import config_root
 from lightning_onpolicy.callbacks.stages import StageSchedule
 from lightning_onpolicy.datamodules import rewards as verifiers
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
-from lightning_onpolicy.modules.losses.settings import KLSpec, SurrogateSpec
+from lightning_onpolicy.modules.losses.settings import (
+    AdvantageSpec,
+    CorrectionSpec,
+    EntropySpec,
+    KLSpec,
+    SurrogateSpec,
+)
 from lightning_onpolicy.modules.presets import PRESETS, PresetName, preset
 
 NAMES = sorted(name for name in PRESETS if not name.startswith("gad"))
@@ -42,14 +48,45 @@ def test_a_configuration_has_the_numbers_of_its_recipe(name: PresetName) -> None
     assert data["prompts_per_batch"] == recipe.prompts
     assert data["sampling"]["temperature"] == recipe.temperature
     assert ("dynamic_sampling" in data) == recipe.dynamic_sampling
-    restated = {key: value for key, value in model.items() if hasattr(recipe, key)}
-    assert restated.keys() <= {"surrogate", "kl"}
-    assert SurrogateSpec(**model["surrogate"]) == recipe.surrogate if "surrogate" in model else True
-    assert KLSpec(**model["kl"]) == recipe.kl if "kl" in model else True
+    restated = {key: SPECS[key](**value) for key, value in model.items() if hasattr(recipe, key)}
+    assert restated == {key: getattr(recipe, key) for key in restated}
     if "optimizer" in model:
         assert model["optimizer"]["init_args"]["lr"] == recipe.lr
     if recipe.reduction == "constant":
         assert data["sampling"]["max_new_tokens"] == recipe.reduction_length
+
+
+SPECS: dict[str, Any] = {
+    "advantage": AdvantageSpec,
+    "surrogate": SurrogateSpec,
+    "kl": KLSpec,
+    "correction": CorrectionSpec,
+    "entropy": EntropySpec,
+}
+
+
+def with_recipe() -> list[str]:
+    root = config_root()
+    return sorted(
+        str(path.relative_to(root).with_suffix(""))
+        for path in root.rglob("*.yaml")
+        if "\n    recipe: " in path.read_text()
+    )
+
+
+@pytest.mark.parametrize("name", with_recipe())
+def test_a_flag_that_changes_one_number_keeps_the_recipes_others(name: str) -> None:
+    """Flags merge into what the file has, so it must spell out whatever of its recipe is no default.
+
+    Catches: `--model.init_args.kl.coef=0.001` that takes the recipe's clamp away.
+    """
+    model = yaml.safe_load((config_root() / f"{name}.yaml").read_text())["model"]["init_args"]
+    recipe = preset(model["recipe"])
+    for key, kind in SPECS.items():
+        plain, spelled = vars(kind()), model.get(key, {})
+        needed = {field for field, value in vars(getattr(recipe, key)).items() if value != plain[field]}
+        other = spelled.get("kind", plain.get("kind")) != vars(getattr(recipe, key)).get("kind")
+        assert needed <= spelled.keys() or other, key
 
 
 @pytest.mark.parametrize("name", NAMES)

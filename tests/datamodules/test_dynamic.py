@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, Sampling
-from lightning_onpolicy.datamodules.dynamic import DynamicSampling, Refill, ScoredGroup
+from lightning_onpolicy.datamodules.dynamic import PATIENCE, DynamicSampling, Refill, ScoredGroup, plain
 from lightning_onpolicy.datamodules.engines.base import RolloutEngine
 from lightning_onpolicy.datamodules.loader import RolloutLoader, RolloutMaker
 from lightning_onpolicy.datamodules.prompts import PromptStream
@@ -67,7 +70,8 @@ def test_gaps_are_filled_and_the_surplus_is_carried_over_once() -> None:
     )
     batch, counts = refill.fill(0, first)
     assert names(batch) == ["a", "c"]
-    assert counts == {"sampled": 4, "varying": 3, "carried": 0, "rounds": 2, "missing": 0}
+    of_all = {"sampled": 4, "solved": 1, "failed": 0, "pass_rate": 5 / 8, "tokens": 16}
+    assert counts == {**of_all, "varying": 3, "carried": 0, "rounds": 2, "missing": 0}
     batch, counts = refill.fill(1, rounds([scored(*NONE, name="e"), scored(*GOOD, name="f")]))
     assert names(batch) == ["f", "d"]  # the newest first, and no second round
     assert counts["carried"] == 1 and counts["rounds"] == 1
@@ -94,13 +98,32 @@ def test_a_smaller_batch_says_so_and_an_empty_one_is_an_error(caplog: pytest.Log
     assert "batch 7: 1 of 2 groups after 2 rounds (4 sampled)" in caplog.text
     refill.fill(9, poor)
     assert "batch 9" not in caplog.text, "once is enough: the metrics count"
-    with pytest.raises(RuntimeError, match=r"batch 3: none of the 4 groups sampled in 2 rounds"):
-        Refill(DynamicSampling(max_rounds=2), 2, bool).fill(
-            3, rounds([scored(*ALL)] * 2, [scored(*NONE)] * 2)
-        )
-    silent = rounds([scored(None, None), scored(None, None), scored(*ALL)])  # a judge that is away
-    with pytest.raises(RuntimeError, match=r"none of the 3 groups .* 2 could not be scored"):
-        Refill(DynamicSampling(max_rounds=1), 2, bool).fill(3, silent)
+    with pytest.raises(
+        RuntimeError, match=rf"batch 3: none of the {4 * PATIENCE} groups sampled in {2 * PATIENCE} r"
+    ):
+        Refill(DynamicSampling(max_rounds=2), 2, bool).fill(3, lambda number: [scored(*ALL), scored(*NONE)])
+    silent = [scored(None, None), scored(None, None), scored(*ALL)]  # a judge that is away
+    with pytest.raises(
+        RuntimeError, match=rf"none of the {3 * PATIENCE} groups .* {2 * PATIENCE} could not be scored"
+    ):
+        Refill(DynamicSampling(max_rounds=1), 2, bool).fill(3, lambda number: silent)
+
+
+def test_bad_luck_does_not_end_a_run() -> None:
+    """Catches: a small batch without one varying group in ``max_rounds`` that stops training for good."""
+    late = Refill(DynamicSampling(max_rounds=2), 2, bool)
+    batch, counts = late.fill(0, lambda number: [scored(*(GOOD if number == 5 else ALL), name=str(number))])
+    assert names(batch) == ["5"] and counts["rounds"] == 6 and counts["missing"] == 1
+
+
+def test_partial_credit_does_not_make_an_all_wrong_group_pass() -> None:
+    """Catches: z-scores of a hundredth for tags, at full size."""
+    tagged, mixed = scored(0.0, 0.01, 0.01), scored(0.01, 0.0, 1.0)
+    assert tagged.varies() and not tagged.varies(threshold=1.0)
+    assert mixed.varies(threshold=1.0) and not scored(1.0, 1.0).varies(threshold=1.0)
+    refill = Refill(DynamicSampling(max_rounds=1, threshold=1.0), 2, bool)
+    batch, counts = refill.fill(0, lambda number: [tagged, mixed, scored(*ALL)])
+    assert batch == [mixed] and (counts["failed"], counts["solved"], counts["varying"]) == (1, 1, 1)
 
 
 @given(
@@ -145,6 +168,8 @@ def test_ranks_agree_on_the_number_of_rounds(wanted: int, worlds: list[list[bool
     assert len(one) <= wanted and len(other) <= wanted
     if a["rounds"] < max_rounds:
         assert len(one) == len(other) == wanted
+    elif a["rounds"] > max_rounds:
+        assert one or other
 
 
 class Lucky(RolloutEngine):
@@ -200,7 +225,7 @@ def test_the_surplus_survives_a_checkpoint(tmp_path: Any) -> None:
     load = loader(DynamicSampling(max_rounds=9))
     batches = iter(load)
     seen = 0
-    while not load.state_dict()["surplus"]:
+    while not load.state_dict()["surplus"]["0"]:
         next(batches)
         seen += 1
     torch.save(load.state_dict(), tmp_path / "state.pt")
@@ -214,6 +239,51 @@ def test_the_surplus_survives_a_checkpoint(tmp_path: Any) -> None:
     assert seen == 4
 
 
+def test_every_rank_finds_its_own_surplus_again() -> None:
+    """A checkpoint keeps the state of rank 0. Catches: rank 0's groups trained on twice, rank 1's lost."""
+    spec = DynamicSampling(max_rounds=9)
+    states: dict[str, Any] = {}
+    ranks = [loader(spec, rank=r, by_rank=lambda mine: {"a": states, "b": mine}) for r in (0, 1)]
+    ranks[1].stream.take(2)
+    for load in reversed(ranks):
+        while not load._refill.state_dict():
+            load.make()
+        states |= load.state_dict()["surplus"]
+    written = ranks[0].state_dict()
+    mine = [load._refill.state_dict() for load in ranks]
+    assert repr(mine[0]) != repr(mine[1])
+    for rank in (0, 1):
+        again = loader(spec, rank=rank)
+        again.load_state_dict(written)
+        assert repr(again._refill.state_dict()) == repr(mine[rank])
+
+
+def test_surplus_is_kept_as_far_as_weights_only_loading_reads_it(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches: a checkpoint that can be written and not read."""
+    rows = {
+        "names": [np.str_("Sofia")],
+        "n": np.float64(2.0),
+        "s": frozenset({1}),
+        "t": (np.bool_(True), None),
+    }
+    assert plain(rows) == {"names": ["Sofia"], "n": 2.0, "s": {1}, "t": (True, None)}
+    good, bad = scored(*GOOD, name="good"), scored(*GOOD, name="bad")
+    good, bad = (
+        dataclasses.replace(
+            g, group=dataclasses.replace(g.group, prompt=dataclasses.replace(g.group.prompt, row=row))
+        )
+        for g, row in ((good, rows), (bad, {"day": datetime.date(2020, 1, 1)}))
+    )
+    refill = Refill(DynamicSampling(), 1, bool)
+    refill.fill(0, lambda number: [scored(*GOOD), good, bad])
+    torch.save(refill.state_dict(), tmp_path / "state.pt")
+    (kept,) = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert kept["prompt"]["row"] == plain(rows)
+    assert "surplus group of prompt 'bad': its row holds a datetime.date" in caplog.text
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("change", [{}, {"temperature": 0.5}, {"group_size": 3}])
 def test_surplus_of_other_settings_does_not_enter_a_batch(change: dict[str, Any], resumed: bool) -> None:
@@ -221,13 +291,13 @@ def test_surplus_of_other_settings_does_not_enter_a_batch(change: dict[str, Any]
     same settings again."""
     load = loader(DynamicSampling(max_rounds=9))
     batches = iter(load)
-    while not load.state_dict()["surplus"]:
+    while not load.state_dict()["surplus"]["0"]:
         next(batches)
     if resumed:
         state, load = load.state_dict(), loader(DynamicSampling(max_rounds=9))
         load.load_state_dict(state)
     load.adjust(change)
-    expected = [] if change else [item["number"] for item in load.state_dict()["surplus"]]
+    expected = [] if change else [item["number"] for item in load.state_dict()["surplus"]["0"]]
     assert load._refill is not None
     poor = [scored(*GOOD), scored(*ALL), scored(*ALL)]
     drawn = repr((load.maker.sampling, load.maker.group_size))

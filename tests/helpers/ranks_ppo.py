@@ -59,7 +59,7 @@ def run(strategy: str, lora: bool) -> dict[str, Any]:
         advantage=AdvantageSpec("gae", gamma=0.98, lam=0.9, whiten="token"),
         kl=KLSpec(0.1, place="reward"),
         optimizer=lambda params: torch.optim.SGD(params, lr=5e-4 if lora else 0.1),
-        loop=LoopSpec(updates=2, micro_batch_tokens=24, max_grad_norm=None),
+        loop=LoopSpec(minibatches=1, updates=2, micro_batch_tokens=24, max_grad_norm=None),
         critic=spec,
         critic_optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
     )

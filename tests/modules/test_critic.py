@@ -41,7 +41,7 @@ def ppo(policy: Any = None, **settings: Any) -> ProRLGRPO:
     base: dict[str, Any] = {
         "recipe": "dapo",
         "advantage": AdvantageSpec("gae"),
-        "loop": LoopSpec(max_grad_norm=None),
+        "loop": LoopSpec(minibatches=1, max_grad_norm=None),
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
         "critic_optimizer": lambda p: torch.optim.SGD(p, lr=0.005),
     }
@@ -340,7 +340,7 @@ def test_in_the_warm_up_the_critic_alone_learns_and_nothing_counts() -> None:
 def test_steps_are_counted_per_player() -> None:
     module = ppo(
         critic=CriticSpec(updates=3, minibatches=4),
-        loop=LoopSpec(updates=2),
+        loop=LoopSpec(minibatches=1, updates=2),
         optimizer=adamw(1e-3),
         critic_optimizer=adamw(1e-3),
         critic_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n)),

@@ -34,7 +34,7 @@ from lightning_onpolicy.modules.references import AdapterCopy, PolicyCopy
 from lightning_onpolicy.modules.specs import LoraSpec
 
 NAN = float("nan")
-FREE = LoopSpec(max_grad_norm=None)
+FREE = LoopSpec(minibatches=1, max_grad_norm=None)
 EVERYTHING: dict[str, Any] = {
     "advantage": AdvantageSpec("reinforce_pp_baseline", whiten="token"),
     "surrogate": SurrogateSpec("clip", low=0.02, high=0.04, dual=3.0),
@@ -143,7 +143,7 @@ def test_old_log_probabilities_are_computed_only_when_something_needs_them() -> 
         {},
         {"correction": CorrectionSpec("icepop")},
         {"loop": LoopSpec(minibatches=2)},
-        {"loop": LoopSpec(updates=2)},
+        {"loop": LoopSpec(minibatches=1, updates=2)},
         {"entropy": EntropySpec(covariance="clip_cov")},
         {"kl": KLSpec(0.1, place="reward")},
     ):
@@ -175,7 +175,7 @@ def test_corrections_weigh_the_policy_against_the_sampler() -> None:
 
 
 def test_several_updates_move_the_ratio_and_meet_the_clip() -> None:
-    metrics = fit(grpo(loop=LoopSpec(updates=4, max_grad_norm=None)), [sampled()])
+    metrics = fit(grpo(loop=LoopSpec(minibatches=1, updates=4, max_grad_norm=None)), [sampled()])
     assert metrics["train/ratio_max"] > 1.28
     assert metrics["train/clip_high"] > 0
 
@@ -347,11 +347,25 @@ def test_a_shaped_reward_does_not_say_what_is_correct(right: bool) -> None:
     assert any(not torch.equal(value, start[name]) for name, value in weights(module).items()) is right
 
 
+def test_one_reward_may_say_what_is_correct() -> None:
+    """Catches: the format's point that makes a wrong response a right one, and an example to imitate."""
+    batch = sampled()
+    accuracy = torch.tensor([0.0, 1.0]).repeat(8)
+    formed = dataclasses.replace(batch, rewards=accuracy + 1.0, reward_parts={"accuracy": accuracy})
+    rates = [fit(grpo(correct=name), [formed])["train/pass_rate"] for name in (None, "accuracy")]
+    assert rates == [1.0, 0.5]
+    with pytest.raises(
+        ValueError, match=r"correct names 'right'; the rewards of the batch are \['accuracy'\]"
+    ):
+        fit(grpo(correct="right"), [formed])
+
+
 def test_settings_come_from_the_recipe_unless_given() -> None:
     module = ProRLGRPO(toys.policy(0), "prorl_v1", surrogate=SurrogateSpec("cispo"))
     assert module.kl == KLSpec(1e-4, gradient="forward")
     assert module.objective.surrogate == SurrogateSpec("cispo")
     assert (module.loop.minibatches, module.reduction) == (4, "token_mean")
+    assert ProRLGRPO(toys.policy(0), "dapo", loop=LoopSpec(micro_batch_tokens=8)).loop.minibatches == 16
     module.configure_model()
     assert module.configure_optimizers().param_groups[0]["lr"] == 2e-6
     constant = ProRLGRPO(toys.policy(0), "dr_grpo")

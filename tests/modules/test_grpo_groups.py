@@ -107,7 +107,7 @@ def test_a_rising_filter_rate_ends_a_stage() -> None:
         rewards={"half": Half(solved_after=2)},
         dynamic_sampling=DynamicSampling(max_rounds=1),
     )
-    module = ProRLGRPO(toys.policy(0, scale=3.0), "prorl_v1", loop=LoopSpec())
+    module = ProRLGRPO(toys.policy(0, scale=3.0), "prorl_v1", loop=LoopSpec(minibatches=1))
     reset = ReferenceReset(Ceiling("train/groups/filtered_share", 0.5, patience=2))
     stages = StageSchedule([{"at": "reset:1", "group_size": 6}])
     anchored.trainer([Look(), reset, stages]).fit(module, datamodule=data)
@@ -217,7 +217,7 @@ def test_a_smaller_batch_is_divided_by_what_it_has(advantage: Any, reduction: An
             recipe="dapo",
             advantage=AdvantageSpec(advantage),
             reduction=reduction,
-            loop=LoopSpec(max_grad_norm=None),
+            loop=LoopSpec(minibatches=1, max_grad_norm=None),
             optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
         )
         anchored.trainer([]).fit(module, train_dataloaders=DataLoader([rows], batch_size=None))

@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_distribution_sampled_from() -> None:
         "dapo",
         positive_nll=1.0,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
-        loop=LoopSpec(max_grad_norm=None, micro_batch_tokens=40),
+        loop=LoopSpec(minibatches=1, max_grad_norm=None, micro_batch_tokens=40),
     )
     before = {k: v.clone() for k, v in module.policy.state_dict().items()}
     anchored.trainer([]).fit(module, torch.utils.data.DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
