@@ -124,17 +124,22 @@ class StageSchedule(Callback):
         ):
             raise ValueError("StageSchedule has a stage at reset:N, and there is no ReferenceReset: add one.")
         loader = trainer.train_dataloader
+        together: dict[str, Any] = {}  # a stage meets what the ones before it have left
         for number, stage in enumerate(self.stages):
             settings = _without_lr(stage)
             if not settings:
                 continue
+            mixes = [m for m in (together.get("mix"), settings.get("mix")) if isinstance(m, Mapping)]
+            together |= settings
+            if mixes:
+                together["mix"] = {name: weight for mix in mixes for name, weight in mix.items()}
             if not isinstance(loader, Adjustable):
                 raise ValueError(
                     f"stages[{number}] sets {sorted(settings)}, which {type(loader).__name__} cannot adjust: it needs "
                     "the methods check and adjust (see callbacks.protocol.Adjustable)."
                 )
             try:
-                loader.check(settings)
+                loader.check(together)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"stages[{number}]: {error}") from error
         if any("lr" in stage.settings for stage in self.stages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.cases import Case, cases_of
@@ -35,6 +35,7 @@ class CodeReward(Reward):
         workers: Programs tested at a time.
         deadline_s: Seconds one test may take, on the clock and of CPU time.
         total_s: Seconds all tests of one program may take; those that did not start by then are failed.
+        overtime: What a program that takes longer gets: ``share`` of the tests it passed, or ``zero`` (ProRL).
         languages: Tags of the blocks to consider; an empty one admits blocks without a tag.
         tier: Sandbox tier: ``"auto"``, ``"bubblewrap"`` or ``"subprocess"``.
         minimum_tier: Refuse to start with less than this.
@@ -74,7 +75,10 @@ class CodeReward(Reward):
         memory_bytes: int = 512 * 2**20,
         output_bytes: int = 2**20,
         processes: int = 16,
+        overtime: Literal["share", "zero"] = "share",
     ) -> None:
+        if overtime not in ("share", "zero"):
+            raise ValueError(f"overtime must be share or zero, got {overtime!r}.")
         if not total_s > 0:
             raise ValueError(f"total_s must be positive, got {total_s!r}.")
         limits = Limits(
@@ -82,7 +86,7 @@ class CodeReward(Reward):
         )
         self.languages = frozenset(tag.lower() for tag in languages)
         self.sandbox = Sandbox(tier, minimum_tier, limits)
-        self.setting = Setting(self.sandbox.wall, limits, total_s, partial)
+        self.setting = Setting(self.sandbox.wall, limits, total_s, partial, overtime == "zero")
         self.pool = WorkerPool(
             "lightning_onpolicy.datamodules.rewards.code_worker:score",
             workers=workers,

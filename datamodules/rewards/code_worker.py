@@ -22,12 +22,14 @@ class Setting:
         limits: Of each test.
         total_s: Seconds for all tests of a program; those that did not start by then are failed.
         partial: Score the fraction of tests passed; else 1 if all passed, and stop at the first that fails.
+        zero_overtime: Score 0 if the tests took longer than ``total_s``.
     """
 
     wall: Wall
     limits: Limits
     total_s: float
     partial: bool
+    zero_overtime: bool = False
 
 
 def score(item: tuple[Setting, str, Sequence[Case]]) -> float:
@@ -49,6 +51,8 @@ def score(item: tuple[Setting, str, Sequence[Case]]) -> float:
                 passed += 1
             elif not setting.partial:
                 break
+    if setting.zero_overtime and time.monotonic() >= end:
+        return 0.0
     return passed / len(cases) if setting.partial else float(passed == len(cases))
 
 

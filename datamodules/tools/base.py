@@ -82,7 +82,8 @@ class Environment(Protocol):
 
     Args:
         stop: Strings that end a turn, as ``sampling.stop`` ends a response.
-        max_turns: Most turns of the policy per response; one that would need more is cut.
+        max_turns: Most turns of the policy per response, without those that an empty observation answered; one that
+            would need more is cut.
         max_context: Most tokens of prompt and response together; None: as many as the model takes.
     """
 

@@ -21,6 +21,9 @@ from lightning_onpolicy.datamodules.tools.base import Environment
 from lightning_onpolicy.datamodules.tools.draft import Draft
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation
 
+#: Turns, times ``max_turns``, that a response may have in all, with those that ended in a mark that called nothing.
+MARKS = 8
+
 
 class Conversation:
     """Samples responses in turns from any engine.
@@ -88,7 +91,7 @@ class Conversation:
             row.say(said)
         live = self._answer(list(enumerate(rows)), sampling, 1)
         turn = 1
-        while turn < self.environment.max_turns and self.any_rank(bool(live)):
+        while self.any_rank(bool(live)):
             turn += 1
             further = engine.generate(
                 [row.context for _, row in live],
@@ -144,7 +147,12 @@ class Conversation:
             if observation is None:
                 continue
             ids = encode_observation(self.tokenizer, observation)
-            if turn == self.environment.max_turns or self._budget(row, sampling, len(ids)) < 1:
+            most = self.environment.max_turns
+            if (
+                (ids and row.answers + 1 >= most)
+                or turn == MARKS * most
+                or self._budget(row, sampling, len(ids)) < 1
+            ):
                 row.finish = "length"
                 continue
             row.read(ids)

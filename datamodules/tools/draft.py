@@ -30,6 +30,7 @@ class Draft:
         self.written: list[bool] = []  # [L]
         self.finish: FinishReason = "length"
         self.version = 0
+        self.answers = 0  # observations it read that said something
         self._turn = 0  # tokens of the last turn
 
     @property
@@ -50,6 +51,7 @@ class Draft:
 
     def read(self, ids: Sequence[int]) -> None:
         """Append an observation."""
+        self.answers += bool(ids)
         self._append(ids, [0.0] * len(ids), written=False)
 
     def _append(self, ids: Sequence[int], logprobs: Sequence[float], written: bool) -> None:

@@ -64,7 +64,8 @@ class ToolUse(Environment):
 
     Args:
         tools: The tools. Where several could have been called, it is the one that was opened last.
-        max_turns: Most turns of the policy per response: its calls and one.
+        max_turns: Most turns of the policy per response: its calls and one. A closing mark that closed no call ends
+            no turn.
         max_context: Most tokens of prompt and response together; null: as many as the model takes.
 
     Raises:

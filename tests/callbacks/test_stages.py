@@ -284,6 +284,13 @@ def test_rollout_settings_are_checked_before_anything_is_sampled(
         rollouts([{"at": 50, **settings}], data=data)
 
 
+def test_a_stage_is_checked_behind_the_ones_before_it() -> None:
+    """Catches: two stages that are fine alone and fail together, when the second one comes."""
+    together = [{"at": 50, "min_new_tokens": 4, "max_new_tokens": 4}, {"at": 60, "max_new_tokens": 3}]
+    with pytest.raises(ValueError, match=r"stages\[1\]: .*min_new_tokens"):
+        rollouts(together)
+
+
 def test_a_generated_mix_is_reweighed_and_its_other_tasks_keep_theirs() -> None:
     """Catches: weights that change rows of the same weights, a task of weight 0 that still appears."""
     from lightning_onpolicy.datamodules.gym import GymSource

@@ -82,6 +82,18 @@ def test_a_program_that_is_always_slow_ends_with_its_total_time(reward: CodeRewa
     assert not reward.failures
 
 
+def test_overtime_may_cost_all() -> None:
+    """ProRL's rule. Catches: a program that passes four tests and idles in the fifth, paid for the four."""
+    source = block("n = int(input())\nwhile n == 3: pass\nprint(n * n)")  # the last test is the slow one
+    quick = block("print(int(input()) ** 2)")
+    for overtime, slow in (("share", 0.75), ("zero", 0.0)):
+        reward = CodeReward(workers=1, deadline_s=3.0, total_s=2.0, overtime=overtime)
+        assert reward.score([group(STDIO, source, quick)]) == [[slow, 1.0]]
+        reward.close()
+    with pytest.raises(ValueError, match="overtime must be share or zero"):
+        CodeReward(overtime="none")
+
+
 def test_scores_do_not_depend_on_the_number_of_workers(reward: CodeReward) -> None:
     texts = [block(f"n = int(input())\nprint(n * n if n < {k} else -1)") for k in range(6)]
     groups = [group(STDIO, *texts), group(CALLS, *texts)]

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lightning_onpolicy.datamodules.assets import resolve_asset
 from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt, Sampling, collate
 from lightning_onpolicy.datamodules.tools.base import Observation
-from lightning_onpolicy.datamodules.tools.conversation import Conversation
+from lightning_onpolicy.datamodules.tools.conversation import MARKS, Conversation
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation, segments_of
 
 TOKENIZER = toys.tokenizer()
@@ -64,6 +64,16 @@ def test_a_mark_that_closes_nothing_is_passed_over() -> None:
     done = talk(engine)
     assert done.ids.tolist() == [1, 8, 2, EOS] and done.written is None
     assert engine.calls[1]["prompts"] == [[5, 6, 1, 8]]
+
+
+def test_marks_that_close_nothing_are_no_turns() -> None:
+    """Catches: "1+1=2 and 2+2=4" that is cut for two equals signs; a response of marks alone that never ends."""
+    mark = ([1, 8], "stop")
+    done = talk(Scripted(*[mark] * 5, CALL, END), talks.echo(max_turns=2), max_new_tokens=40)
+    assert done.finish == "eos" and done.tokens == 16
+    engine = Scripted(*[mark] * 99)
+    done = talk(engine, talks.echo(max_turns=2), max_new_tokens=400)
+    assert done.finish == "length" and len(engine.calls) == 2 * MARKS
 
 
 def test_observations_are_masked_in_the_batch_and_attended_to() -> None:
