@@ -151,7 +151,9 @@ def test_an_absent_column_does_not_hide_the_one_that_says_an_answer_was_cut(
     assert [row["response"] for row in rows_of(TeacherTextSource(file))] == [["t3"]]
     for source in (TeacherTextSource(file, truncated="keep"), FileSource(file)):
         group = given_group(PromptStream(source, TOKENIZER).encode(0), TOKENIZER, "response", None)
-        assert [c.ids.tolist() for c in group.completions] == [[2]] and group.completions[0].finish == "length"
+        assert [c.ids.tolist() for c in group.completions] == [[2]] and group.completions[
+            0
+        ].finish == "length"
 
 
 @pytest.mark.parametrize("flag", ["truncated", "refused"])
@@ -167,7 +169,9 @@ def test_a_flag_beside_a_single_answer_need_not_be_a_list(flag: str, tmp_path: P
 def test_half_a_character_in_an_answer_is_named_with_its_line(key: str, tmp_path: Path) -> None:
     """Catches: a tokenizer that fails on it in the middle of a training run, with no row named."""
     rows = [{"prompt": "t1", key: ["t2", "t3"]}, {"prompt": "t1", key: ["t2", "t3 \ud83d"]}]
-    with pytest.raises(ValueError, match=rf"teacher\.jsonl line 2: '{key}'\[1\] holds '\\ud83d' at character 3"):
+    with pytest.raises(
+        ValueError, match=rf"teacher\.jsonl line 2: '{key}'\[1\] holds '\\ud83d' at character 3"
+    ):
         TeacherTextSource(write(tmp_path, rows))
     rows[1]["finish_reasons"] = ["stop", "length"]
     if key == "responses":
