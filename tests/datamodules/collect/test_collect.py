@@ -284,6 +284,7 @@ def fails_at(prompt: str, others: int, server: TeacherServer, monkeypatch: pytes
     async def failing(self: Client, body: Any) -> Any:
         if body["messages"][-1]["content"] != prompt:
             return await ask(self, body)
+        await asyncio.sleep(0.1)  # so that the other workers start
         while len(server.requests) < others:
             await asyncio.sleep(0.01)
         raise LookupError("nobody thought of this")

@@ -127,6 +127,10 @@ def test_a_full_disk_is_said_and_what_comes_after_it_is_kept(tmp_path: Path) -> 
     cache._db.execute(f"PRAGMA max_page_count = {pages + 1}")
     with pytest.raises(OSError, match=r"c\.sqlite: database or disk is full.*free some space.*run it again"):
         cache.receive(number, "big", "{}", Kept("x" * 100_000, None, 1.0, 1.0), (1, 1))
+    with pytest.raises(
+        OSError, match=r"c\.sqlite: UNIQUE constraint failed"
+    ):  # after which SQLite undoes nothing
+        cache.receive(number, "key 0", "{}", Kept("x", None, 1.0, 1.0), (1, 1))
     number = cache.send("small", 1, 1, Prices(), 0.0)
     cache.receive(number, "small", "{}", Kept("x", None, 1.0, 1.0), (1, 1))
     cache.close()
