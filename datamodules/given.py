@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_onpolicy.datamodules.batch import Completion, FinishReason, Group, Prompt
+from lightning_onpolicy.datamodules.rows import check_characters, finish_reasons
 from lightning_onpolicy.datamodules.tools.base import Observation
 from lightning_onpolicy.datamodules.tools.tokens import encode_observation
 
@@ -46,15 +47,17 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
     ``response_ids``, taken as they are. Ids count where there is no text, and where ``response_mask`` says which of
     them the policy wrote, as ``predict`` does for responses with a tool's words in them: those are not trained on.
 
-    Where the row has ``finish_reasons``, one per text, those with ``length`` were cut: they are not closed by EOS, and
-    not finished.
+    Where the row has ``finish_reasons``, one per text (or ``finish_reason``, one for all), those with ``length`` were
+    cut: they are not closed by EOS, and not finished.
 
     Raises:
-        ValueError: If the row has no response or an empty one; the message names the row and the keys it has.
+        ValueError: If the row has no response, an empty one, or half a character in it; the message names the row and,
+            where there is none, the keys it has.
     """
     row = prompt.row
     # Tables keep absent values as None.
     texts, ids, mask = (row.get(key) for key in (response_key, "response_ids", "response_mask"))
+    check_characters(texts, f"{prompt.where}: {response_key!r}")
     if ids is not None and (texts is None or mask is not None):
         if not len(ids):
             raise ValueError(f"{prompt.where}: 'response_ids' is empty.")
@@ -75,7 +78,7 @@ def given_group(prompt: Prompt, tokenizer: Any, response_key: str, max_response_
             raise ValueError(
                 f"{prompt.where}: {response_key!r} must be a non-empty string or a list of them."
             )
-        reasons = row.get("finish_reasons") or [None] * len(texts)
+        reasons = finish_reasons(row, len(texts))
         if len(reasons) != len(texts):
             raise ValueError(
                 f"{prompt.where}: {len(texts)} responses, but {len(reasons)} entries in 'finish_reasons'."

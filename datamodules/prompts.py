@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from lightning_onpolicy.datamodules.batch import Prompt
-from lightning_onpolicy.datamodules.rows import PLAIN, Source, canonical
+from lightning_onpolicy.datamodules.rows import PLAIN, Source, canonical, check_characters
 from lightning_onpolicy.datamodules.shuffle import Permutation
 
 _IDENTITY = ("seed", "world_size", "source_size", "shuffle")
@@ -79,6 +79,7 @@ class PromptStream(Iterator[Prompt]):
                 "chat template: set chat: false to encode prompts as plain text, or give it one "
                 "(tokenizer.chat_template)."
             )
+        check_characters(system, "system")
         self.source, self.tokenizer = source, tokenizer
         self.chat, self.system, self.chat_options = chat, system, dict(chat_options or {})
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
@@ -139,8 +140,8 @@ class PromptStream(Iterator[Prompt]):
         """Row ``index`` of the source as a prompt, whatever its length.
 
         Raises:
-            ValueError: If the row lacks a prompt, its prompt is empty, or it is a conversation and ``chat``
-                is off.
+            ValueError: If the row lacks a prompt, its prompt is empty or holds half a character, or it is a
+                conversation and ``chat`` is off.
         """
         raw = self.source[index]
         name = _name_of(self.source)

@@ -75,7 +75,7 @@ def canonical(row: Mapping[str, Any], keys: RowKeys, where: str) -> dict[str, An
 
     Raises:
         ValueError: If a key that was named is missing, there is neither prompt nor messages, there are both,
-            or messages have the wrong shape.
+            messages have the wrong shape, or there is half a character in prompt, messages or response.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a row must be a mapping of keys to values, got {type(row).__name__}.")
@@ -112,7 +112,53 @@ def canonical(row: Mapping[str, Any], keys: RowKeys, where: str) -> dict[str, An
         )
     elif not isinstance(out["prompt"], str):
         raise ValueError(f"{where}: 'prompt' must be a string, got {type(out['prompt']).__name__}.")
+    for name in ("prompt", "messages", "response"):
+        check_characters(out.get(name), f"{where}: {name!r}")
     return out
+
+
+def check_characters(value: Any, where: str) -> None:
+    r"""Refuse lone surrogates (JSON can hold them, as ``"\ud83d"``) in a text, and in lists and mappings of texts.
+
+    Args:
+        value: A text, a list or mapping with texts somewhere in it, or anything else, which passes.
+        where: What to call it in errors, e.g. ``"train.jsonl line 7: 'prompt'"``.
+
+    Raises:
+        ValueError: The message names the place and the first of them.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} holds {value[error.start]!r} at character {error.start}: half of a character, which no "
+                "tokenizer and no API takes. Write the whole character there, or remove it."
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_characters(key, f"{where}: the key {key!r}")
+            check_characters(part, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            check_characters(part, f"{where}[{i}]")
+
+
+def finish_reasons(row: Row, count: int) -> list[Any]:
+    """What each of a row's answers ended with; None where the row does not say it.
+
+    Args:
+        row: ``finish_reasons`` (or ``finish_reason``) is a list with one per answer, or one for all. Tables keep absent
+            values as None.
+        count: Answers; a list is returned as it is, whatever its length.
+
+    Example:
+        >>> finish_reasons({"finish_reasons": None, "finish_reason": "length"}, 2)
+        ['length', 'length']
+    """
+    said = row.get("finish_reasons")
+    said = row.get("finish_reason") if said is None else said
+    return list(said) if isinstance(said, list | tuple) else [said] * count
 
 
 def _checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:

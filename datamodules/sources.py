@@ -27,8 +27,8 @@ class FileSource(Source):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the ending is unknown, a row is malformed (the message has file and line) or lacks a
-            prompt (the message has the keys it does have).
+        ValueError: If the ending is unknown, a row is malformed (the message has file and line), lacks a prompt (the
+            message has the keys it does have) or holds half a character in what is encoded.
     """
 
     def __init__(
@@ -63,11 +63,14 @@ def read_rows(file: Path) -> list[tuple[str, Any]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the ending is unknown, or something in it is not JSON or not Parquet.
+        ValueError: If the ending is unknown, or something in it is not UTF-8, not JSON or not Parquet.
     """
     if file.suffix not in _READERS:
         raise ValueError(f"{file}: cannot read {file.suffix!r} files; known endings are {sorted(_READERS)}.")
-    return _READERS[file.suffix](file)
+    try:
+        return _READERS[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}): convert it, e.g. with iconv.") from error
 
 
 def _read_jsonl(file: Path) -> list[tuple[str, Any]]:

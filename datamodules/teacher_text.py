@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_onpolicy.datamodules.rows import Row
+from lightning_onpolicy.datamodules.rows import Row, check_characters, finish_reasons
 from lightning_onpolicy.datamodules.sources import FileSource
 
 CUT, REFUSED = "length", "content_filter"  # finish reasons, as OpenAI-compatible servers say them
@@ -27,6 +27,7 @@ PER_ANSWER = (
     ),
     *("request_ids", "fingerprints"),
 )
+FLAGS = ("refused", "truncated")  # of these, a row may also have one for all its answers
 
 
 class TeacherTextSource(FileSource):
@@ -34,8 +35,9 @@ class TeacherTextSource(FileSource):
 
     A row's answers are its ``responses`` (or its ``response``, or a last message by the assistant). What they ended
     with is in ``finish_reasons`` (or ``finish_reason``): ``length`` means cut by the token limit, ``content_filter``
-    refused; ``truncated`` and ``refused``, lists of booleans, say the same. Rows come with ``response`` as a list, and
-    with ``finish_reasons`` beside it. How many answers were left out, and why, is said once and kept in ``left_out``.
+    refused; ``truncated`` and ``refused``, lists of booleans or one for all answers, say the same. Rows come with
+    ``response`` as a list, and with ``finish_reasons`` beside it. How many answers were left out, and why, is said once
+    and kept in ``left_out``.
 
     Args:
         path: File ending in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``; ``onpolicy://…`` names a packaged one.
@@ -48,8 +50,8 @@ class TeacherTextSource(FileSource):
         name: Source name of rows that do not say theirs; default: the file's stem.
 
     Raises:
-        ValueError: As :class:`FileSource`; if a row has no answers at all, lists have different lengths, or no answer
-            is left.
+        ValueError: As :class:`FileSource`; if a row has no answers at all, lists have different lengths, no answer is
+            left, or one that is left holds half a character.
     """
 
     def __init__(
@@ -78,6 +80,9 @@ class TeacherTextSource(FileSource):
             ]
             self.left_out.update(reason for reason in reasons if reason)
             kept = [k for k, reason in enumerate(reasons) if not reason]
+            key = "response" if row.get("responses") is None else "responses"
+            for k in kept:
+                check_characters(columns["response"][k], f"{place}: {key!r}[{k}]")
             if kept:
                 places.append(place)
                 rest = {key: value for key, value in row.items() if key not in ("responses", "finish_reason")}
@@ -116,10 +121,9 @@ def answers_of(row: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts or not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: its answers must be a string or a list of strings.")
-    reasons = row.get("finish_reasons", row.get("finish_reason"))
-    if reasons is None or isinstance(reasons, str):
-        reasons = [reasons] * len(texts)
-    columns = {"response": texts, "finish_reasons": list(reasons)}
+    reasons = finish_reasons(row, len(texts))
+    columns = {"response": texts, "finish_reasons": reasons}
+    columns |= {key: [row[key]] * len(texts) for key in FLAGS if isinstance(row.get(key), bool)}
     columns |= {key: list(row[key]) for key in PER_ANSWER if isinstance(row.get(key), list | tuple)}
     for name, column in columns.items():
         if len(column) != len(texts):

@@ -5,16 +5,17 @@ A request goes out only if everything spent, everything reserved and its own wor
 
 The worst case of a prompt is one token per UTF-8 byte (no byte-level or byte-fallback tokenizer makes more), 16 for
 each message's frame, and 128 for what a chat template adds by itself; that of an answer is the limit sent with the
-request. For estimates, four bytes are taken for a token.
+request. What else a message has (tool calls, parts) and what else the request has (``extra_body``: tools, a response's
+format) may be rendered into the prompt too, and counts by the bytes of its JSON at its longest, indented and escaped.
+For estimates, four bytes are taken for a token.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from lightning_onpolicy.datamodules.collect.plan import canonical_json
 
 FRAME_TOKENS = 16
 TEMPLATE_TOKENS = 128
@@ -58,19 +59,40 @@ class Prices:
         return Charge(tokens_in + tokens_out, cost)
 
 
-def most_prompt_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The worst case of a prompt, in tokens: see the head of this module."""
-    return TEMPLATE_TOKENS + len(messages) * FRAME_TOKENS + _bytes(messages)
+def most_prompt_tokens(messages: Sequence[Mapping[str, Any]], extra: int = 0) -> int:
+    """The worst case of a prompt, in tokens: see the head of this module.
+
+    Args:
+        messages: The conversation.
+        extra: Bytes of what else the request has, from :func:`json_bytes`.
+    """
+    return TEMPLATE_TOKENS + len(messages) * FRAME_TOKENS + _bytes(messages) + extra
 
 
-def likely_prompt_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The estimate for a prompt, in tokens: see the head of this module."""
-    return len(messages) * FRAME_TOKENS // 2 + -(-_bytes(messages) // BYTES_PER_TOKEN)
+def likely_prompt_tokens(messages: Sequence[Mapping[str, Any]], extra: int = 0) -> int:
+    """The estimate for a prompt, in tokens: see the head of this module.
+
+    Args:
+        messages: The conversation.
+        extra: Bytes of what else the request has, from :func:`json_bytes`.
+    """
+    return len(messages) * FRAME_TOKENS // 2 + -(-(_bytes(messages) + extra) // BYTES_PER_TOKEN)
+
+
+def json_bytes(value: Mapping[str, Any] | None) -> int:
+    """Bytes of its longest JSON: templates indent it, servers escape it."""
+    return len(json.dumps(value, indent=4, default=str)) if value else 0
 
 
 def _bytes(messages: Sequence[Mapping[str, Any]]) -> int:
-    texts = (m["content"] if isinstance(m["content"], str) else canonical_json(m) for m in messages)
-    return sum(len(text.encode("utf-8", "backslashreplace")) for text in texts)
+    return sum(_message_bytes(message) for message in messages)
+
+
+def _message_bytes(message: Mapping[str, Any]) -> int:
+    content = message["content"]
+    plain = len(content.encode("utf-8", "backslashreplace")) if isinstance(content, str) else 0
+    written = ("role", "content") if isinstance(content, str) else ("role",)
+    return plain + json_bytes({key: value for key, value in message.items() if key not in written})
 
 
 class Budget:

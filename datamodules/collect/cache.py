@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_onpolicy.datamodules.collect.budget import Charge, Prices, total_of
+from lightning_onpolicy.datamodules.collect.database import named
 from lightning_onpolicy.datamodules.collect.faults import MAYBE_BILLED
 
 SCHEMA = """
@@ -60,7 +61,8 @@ class AnswerCache:
         path: The file.
 
     Raises:
-        OSError: If another process holds it, or it is no such file.
+        OSError: If another process holds it, it is no such file, or, from any method, it cannot be read or written; the
+            message names the file and says what to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,38 +70,46 @@ class AnswerCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._said():
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
-            self._db.execute(
-                "PRAGMA locking_mode = EXCLUSIVE"
-            )  # also spares the shared memory that WAL else needs
-            self._db.execute("PRAGMA journal_mode = WAL")  # one write to disk per commit, not three
-            self._db.execute("PRAGMA synchronous = FULL")  # an answer costs more than a write to disk
-            self._db.execute("BEGIN EXCLUSIVE")
-            [version] = self._db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, VERSION):
-                raise OSError(
-                    f"{path} is of version {version}, this program writes {VERSION}: choose another cache."
-                )
-            for statement in SCHEMA.split(";"):
-                self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
-            # Whatever a dead process had in flight; the lock says that none is alive.
-            self.lost = self._db.execute(
-                "UPDATE requests SET outcome = ? WHERE outcome IS NULL", (LOST,)
-            ).rowcount
-            self._db.execute("COMMIT")
+            try:
+                self._take_up()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _take_up(self) -> None:
+        # Exclusive, which also spares the shared memory that WAL else needs.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode = WAL")  # one write to disk per commit, not three
+        self._db.execute("PRAGMA synchronous = FULL")  # an answer costs more than a write to disk
+        self._db.execute("BEGIN EXCLUSIVE")
+        [version] = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise OSError(
+                f"{self.path} is of version {version}, this program writes {VERSION}: choose another cache."
+            )
+        for statement in SCHEMA.split(";"):
+            self._db.execute(statement)
+        self._db.execute(f"PRAGMA user_version = {VERSION}")
+        # Whatever a dead process had in flight; the lock says that none is alive.
+        lost = self._db.execute("UPDATE requests SET outcome = ? WHERE outcome IS NULL", (LOST,))
+        self.lost = lost.rowcount
+        self._db.execute("COMMIT")
+
+    def _said(self) -> AbstractContextManager[None]:
+        """What SQLite says, as an OSError that names the file."""
+        return named(self.path, ", which collects with the same cache: wait for it, or choose another cache.")
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
-        """What SQLite says, as an OSError that names the file."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            if "locked" in str(error):
-                raise OSError(
-                    f"{self.path} is in use by another process, which collects with the same cache: wait for it, or "
-                    "choose another cache."
-                ) from None
-            raise OSError(f"{self.path}: {error}.") from error
+    def _together(self) -> Iterator[None]:
+        """All that is written inside, or nothing of it: what fails leaves no transaction open to those after it."""
+        with self._said():
+            self._db.execute("BEGIN")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def keys(self) -> set[str]:
         """Keys of all answers."""
@@ -158,8 +168,7 @@ class AnswerCache:
             kept: What came back.
             tokens: Prompt and answered tokens; None keeps the worst case.
         """
-        with self._said():
-            self._db.execute("BEGIN")
+        with self._together():
             self._db.execute(
                 "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)",
                 (key, request, json.dumps(kept.body), kept.request_id, kept.received, kept.seconds),
@@ -169,7 +178,6 @@ class AnswerCache:
                 "tokens_out = coalesce(?, tokens_out) WHERE id = ?",
                 (ANSWERED, *tokens, number),
             )
-            self._db.execute("COMMIT")
 
     def fail(self, number: int, kind: str) -> None:
         """Write down why a request has no answer; what cannot have been billed costs nothing."""
@@ -182,4 +190,5 @@ class AnswerCache:
 
     def close(self) -> None:
         """Close the file and let go of its lock."""
-        self._db.close()
+        with self._said():
+            self._db.close()

@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_onpolicy.datamodules.collect.faults import Fault, fault_of_status
+from lightning_onpolicy.datamodules.collect.settings import check_variable
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET_LENGTH = 16  # local servers take any word as key, e.g. EMPTY; an answer may well contain that word
+CLEANED = "[API key]"
 # Raised before anything was sent. By name, because the transport (httpx2, or httpx in older versions of the client) is
 # the client's own affair.
 UNSENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
@@ -41,16 +44,24 @@ def openai() -> ModuleType:
 
 
 def read_key(variable: str, base_url: str) -> str:
-    """The API key from the environment; a server on loopback may do without.
+    """The API key from the environment, without blanks around it; a server on loopback may do without.
 
     Raises:
-        ValueError: If it is not set; the message names the variable.
+        ValueError: If it is not set, or no header can carry it; the message names the variable, unless that looks like
+            a key.
     """
-    key = os.environ.get(variable, "")
+    check_variable(variable)
+    key = os.environ.get(variable, "").strip()
+    named = f" {variable}" if key or re.fullmatch("[A-Z_][A-Z0-9_]{0,39}", variable) else ""
     if not key and urlsplit(base_url).hostname not in LOOPBACK:
         raise ValueError(
-            f"the environment variable {variable} (api_key_env) holds no API key. If the server wants none, set it to "
-            "any word."
+            f"the environment variable{named} (api_key_env) holds no API key. If the server wants none, set it to any "
+            "word."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the environment variable{named} (api_key_env) holds line breaks or characters outside ASCII, which no "
+            "API key has: set it anew."
         )
     return key or "none"
 
@@ -106,7 +117,7 @@ class Client:
             return Fault(kind, f"no whole answer within {self._timeout_s:g} s")
         except self._openai.APIStatusError as error:
             response = error.response
-            message = self.clean(f"HTTP {response.status_code}: {response.text.strip()[:500]}")
+            message = f"HTTP {response.status_code}: {self.clean(response.text).strip()[:500]}"
             lower = {name.lower(): value for name, value in response.headers.items()}
             return fault_of_status(response.status_code, _json(response.text), lower, message, time.time())
         except self._openai.APIConnectionError as error:
@@ -116,9 +127,11 @@ class Client:
             )
         parsed = _json(text)
         if parsed is None:
-            return Fault("malformed", self.clean(f"not JSON: {text[:200]!r}"))
+            return Fault("malformed", f"not JSON: {self.clean(text)[:200]!r}")
         if len(self._key) >= SECRET_LENGTH:
-            parsed = json.loads(self.clean(json.dumps(parsed, ensure_ascii=False)))
+            parsed = self._without_key(parsed)
+        elif isinstance(parsed, Mapping) and parsed.get("error"):  # no answer, but something to tell people
+            parsed = {**parsed, "error": self._without_key(parsed["error"])}
         request_id = headers.get("x-request-id")
         return Reply(parsed, None if request_id is None else self.clean(request_id))
 
@@ -126,9 +139,19 @@ class Client:
         """Close its connections."""
         await self._client.close()
 
+    def _without_key(self, value: Any) -> Any:
+        """The parsed JSON with its texts cleaned."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, Mapping):
+            return {self.clean(key): self._without_key(part) for key, part in value.items()}
+        return [self._without_key(part) for part in value] if isinstance(value, list) else value
+
     def clean(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._key, "[API key]") if self._key != "none" else text
+        """The text without the key, also where its slashes are escaped. To be cut afterwards: half a key is one too."""
+        if self._key == "none":
+            return text
+        return text.replace(self._key, CLEANED).replace(self._key.replace("/", "\\/"), CLEANED)
 
 
 def _cause(error: BaseException) -> str:

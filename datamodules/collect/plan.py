@@ -60,8 +60,8 @@ def plan(source: Source, settings: CollectSettings) -> Plan:
     """Every row's requests.
 
     Raises:
-        ValueError: If there is no row, a row has no prompt, two rows have the same uid, or a row holds a key that is
-            written here.
+        ValueError: If there is no row, a row has no prompt or one that cannot be sent, two rows have the same uid, or
+            a row holds a key that is written here.
     """
     name = str(getattr(source, "name", None) or type(source).__name__)
     if len(source) == 0:
@@ -103,6 +103,7 @@ def output_row(raw: Row, index: int, name: str, system: str | None) -> dict[str,
         messages = [{"role": "user", "content": prompt}]
     if not messages or not messages[-1]["content"] or not str(messages[-1]["content"]).strip():
         raise ValueError(f"row {uid!r}: the prompt is empty.")
+    _require_json(messages, f"row {uid!r}: its messages")
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     response, source = row.pop("response", None), row.pop("source", None)
@@ -110,6 +111,14 @@ def output_row(raw: Row, index: int, name: str, system: str | None) -> dict[str,
     if response is not None:  # the data's own answer, under a name that nobody takes for the teacher's
         out["reference_response"] = response
     return {**out, "uid": uid, "source": name if source is None else str(source), "messages": messages}
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Refuse what no client can send (bytes from a table, NaN), before anything is sent."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be sent as JSON: {error}.") from None
 
 
 def sampling(settings: CollectSettings) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from lightning_onpolicy.datamodules.collect.answers import Answer, answer_of
-from lightning_onpolicy.datamodules.collect.budget import Budget, Charge, Prices, most_prompt_tokens
+from lightning_onpolicy.datamodules.collect.budget import (
+    Budget,
+    Charge,
+    Prices,
+    json_bytes,
+    most_prompt_tokens,
+)
 from lightning_onpolicy.datamodules.collect.cache import AnswerCache, Kept
 from lightning_onpolicy.datamodules.collect.client import Reply
 from lightning_onpolicy.datamodules.collect.faults import AGAIN, MAYBE_BILLED, STOPS, Fault, wait_before
@@ -24,7 +30,7 @@ from lightning_onpolicy.datamodules.collect.plan import Plan, Unit, body, canoni
 from lightning_onpolicy.datamodules.collect.progress import Progress, Tally
 from lightning_onpolicy.datamodules.collect.settings import CollectSettings
 
-HOPELESS = 20  # prompts given up before the first answer: the fault is not theirs
+HOPELESS = 20  # prompts given up where none was ever answered: the fault is not theirs
 
 
 class Asks(Protocol):
@@ -40,7 +46,7 @@ class Stop:
     """Why the run ended before every row was tried.
 
     Args:
-        reason: ``cap``, ``interrupted``, ``hopeless`` or a kind of fault.
+        reason: ``cap``, ``interrupted``, ``hopeless``, ``error`` (something unforeseen) or a kind of fault.
         message: What to tell people.
     """
 
@@ -79,15 +85,21 @@ class Collector:
         self.cache, self.out, self.failed = cache, out, failed
         self.budget, self.tally, self.progress = budget, tally, progress
         self.prices = Prices(settings.price_in, settings.price_out)
+        self._extra = json_bytes(settings.extra_body)
         self.stopped: Stop | None = None
         self._stopping = asyncio.Event()
         self._settled = asyncio.Event()
+        self._error: Exception | None = None
         self._open_at = 0.0  # nobody sends before: the server asked everybody to wait
         self._missing: dict[Unit, int] = {}
         self._given_up: set[Unit] = set()
 
     async def run(self) -> Stop | None:
-        """Until every row is answered or given up, or something stops it."""
+        """Until every row is answered or given up, or something stops it.
+
+        Raises:
+            Exception: What a worker raised; first, what the others have in flight is waited for and kept.
+        """
         tasks = iter(list(self._open_requests()))
         workers = [asyncio.create_task(self._work(tasks)) for _ in range(self.settings.concurrency)]
         try:
@@ -96,6 +108,8 @@ class Collector:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        if self._error is not None:
+            raise self._error
         return self.stopped
 
     def stop(self, reason: str, message: str) -> None:
@@ -103,6 +117,7 @@ class Collector:
         if self.stopped is None:
             self.stopped = Stop(reason, message)
         self._stopping.set()
+        self._settled.set()  # whoever waits for room under the cap need not
 
     def _open_requests(self) -> Iterator[tuple[Unit, int]]:
         """What the cache lacks, in the order of the prompts; rows it has everything for are written on the way."""
@@ -120,8 +135,14 @@ class Collector:
             if self._stopping.is_set():
                 return
             if unit not in self._given_up:
-                await self._answer(unit, sample)
-                self.progress.update()
+                try:
+                    await self._answer(unit, sample)
+                    self.progress.update()
+                except Exception as error:  # raised at the end of the run: the others' requests are paid for
+                    error.add_note(f"while row {self.plan.rows[unit.rows[0]]['uid']!r} was asked for")
+                    self._error = self._error or error
+                    self.stop("error", f"{type(error).__name__}: {error}")
+                    return
 
     async def _answer(self, unit: Unit, sample: int) -> None:
         """One sample, however many attempts it takes."""
@@ -148,7 +169,7 @@ class Collector:
 
     async def _attempt(self, unit: Unit, sample: int) -> Answer | Fault | None:
         """Send one request, if that is still allowed; None = it was not."""
-        worst_in, worst_out = most_prompt_tokens(unit.messages), self.settings.max_tokens
+        worst_in, worst_out = most_prompt_tokens(unit.messages, self._extra), self.settings.max_tokens
         worst = self.prices.charge(worst_in, worst_out)
         while (wait := self._open_at - time.monotonic()) > 0 and not self._stopping.is_set():
             await self._sleep(wait)
@@ -207,7 +228,8 @@ class Collector:
                     "time": _utc(time.time()),
                 }
             )
-        if not self.tally.received and len(self._given_up) >= HOPELESS:
+        answered = self.tally.received + self.tally.cached  # by this run or an earlier one
+        if not answered and len(self._given_up) >= HOPELESS:
             self.stop(
                 "hopeless", f"{HOPELESS} prompts failed and none was answered, at last: {fault.message}"
             )

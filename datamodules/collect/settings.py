@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.rows import Source, check_characters
 
 # Parts of the request that have a setting of their own, or would change what one request stands for.
 OWN_KEYS = frozenset(
@@ -107,7 +108,10 @@ class CollectSettings:
             raise ValueError(
                 f"extra_body holds {taken}, which have settings of their own or are not supported."
             )
+        for name in ("model", "system", "stop", "extra_body"):
+            check_characters(getattr(self, name), name)
         check_base_url(self.base_url)
+        check_variable(self.api_key_env)
 
     @property
     def out_path(self) -> Path:
@@ -138,6 +142,19 @@ def check_base_url(url: str) -> None:
         raise ValueError(
             "base_url must be without user, password and query: it is written to files. Keys come from the environment "
             "(api_key_env)."
+        )
+
+
+def check_variable(name: str) -> None:
+    """Refuse what cannot be the name of an environment variable, as a key given in its place.
+
+    Raises:
+        ValueError: The message does not repeat it.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(
+            "api_key_env must be the name of an environment variable (letters, digits and underscores), and is "
+            "something else, not shown here in case it is a key. Put the key into a variable, and name that."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from lightning_onpolicy.datamodules.collect.budget import (
     Budget,
     Prices,
+    json_bytes,
     likely_prompt_tokens,
     most_prompt_tokens,
 )
@@ -48,8 +49,9 @@ def estimate(settings: CollectSettings, todo: Plan, known: Set[str], budget: Bud
     """
     asked = [unit for unit in todo.units for key in unit.keys if key not in known]
     cached = sum(len(unit.keys) for unit in todo.units) - len(asked)
-    likely = sum(likely_prompt_tokens(unit.messages) for unit in asked)
-    most = sum(most_prompt_tokens(unit.messages) for unit in asked)
+    extra = json_bytes(settings.extra_body)
+    likely = sum(likely_prompt_tokens(unit.messages, extra) for unit in asked)
+    most = sum(most_prompt_tokens(unit.messages, extra) for unit in asked)
     answers = len(asked) * settings.max_tokens
     worst = Prices(settings.price_in, settings.price_out).charge(most, answers)
     cost = "no prices given" if settings.price_in is None else f"cost {worst.cost:.4f} at most"

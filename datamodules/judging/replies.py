@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
+from lightning_onpolicy.datamodules.collect.database import named
 from lightning_onpolicy.datamodules.judging.backends import Reply
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
+WAIT_S = 30.0  # for other processes that write
 
 
 class ReplyCache:
@@ -18,6 +23,9 @@ class ReplyCache:
 
     Args:
         path: The file.
+
+    Raises:
+        OSError: From any method, if the file cannot be read or written; the message says what to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,21 +37,30 @@ class ReplyCache:
         if self._open is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The reward may be asked from another thread than the one that made it, never from two at a time.
-            self._open = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._open.execute("PRAGMA journal_mode = WAL")
-            self._open.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
-            )
+            db = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute(SCHEMA)
+            except BaseException:
+                db.close()
+                raise
+            self._open = db
         return self._open
+
+    def _said(self) -> AbstractContextManager[None]:
+        """What SQLite says, as an OSError that names the file."""
+        return named(self.path, f" for more than {WAIT_S:g} s: end that one, or choose another cache.")
 
     def get(self, key: str) -> Reply | None:
         """The reply, if it is there."""
-        row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        with self._said():
+            row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else Reply(**json.loads(row[0]))
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep it."""
-        self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(asdict(reply))))
+        with self._said():
+            self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(asdict(reply))))
 
     def close(self) -> None:
         """Close the file."""

@@ -131,6 +131,9 @@ def test_any_source_gives_prompts(folder: Path) -> None:
         (["--base_url=host"], 1, "http://"),
         (["--extra_body={stream: true}"], 1, "stream"),
         (["--prompts=nope.jsonl"], 1, "nope.jsonl"),
+        (["--api_key_env=sk-word-0123456789"], 1, "api_key_env must be the name of"),
+        (["--api_key_env=sk-word-0123456789", "--dry_run"], 1, "api_key_env must be the name of"),
+        (["--system=half \ud83d"], 1, "system holds '\\ud83d' at character 5"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -39,6 +39,12 @@ def test_text_is_closed_by_eos_and_ids_are_taken_as_they_are() -> None:
         ({"response": []}, "non-empty"),
         ({"response": ["t1", " "]}, "non-empty"),
         ({"response_ids": []}, "'response_ids' is empty"),
+        ({"response": ["t1", "t2 \ud83d"]}, r"row 7.*'response'\[1\] holds '\\ud83d' at character 3"),
+        (
+            {"response": [{"role": "assistant", "content": "\ud83d"}]},
+            r"row 7.*'response'\[0\]\['content'\] holds",
+        ),
+        ({"response": ["t1"], "finish_reasons": []}, "1 responses, but 0 entries in 'finish_reasons'"),
         ({"response": "t1 t2 t3"}, "has 4 tokens, max_response_tokens is 3"),
     ],
 )

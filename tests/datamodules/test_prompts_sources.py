@@ -64,6 +64,17 @@ def test_null_key_chooses_between_prompt_and_messages(tmp_path: Path) -> None:
         ("bad.json", "[{]", r"bad\.json: not JSON"),
         ("bad.json", '[{"prompt": 1}]', r"bad\.json row 0: 'prompt' must be a string"),
         ("bad.parquet", "not parquet", r"bad\.parquet: not a Parquet file"),
+        (
+            "bad.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b\\ud83d"}\n',
+            r"bad\.jsonl line 2: 'prompt' holds '\\ud83d' at character 1.*half of a character",
+        ),
+        (
+            "bad.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\udfff"}]}]}',
+            r"line 1: 'messages'\[0\]\['content'\]\[0\]\['text'\] holds '\\udfff'",
+        ),
+        ("bad.json", '[{"prompt": "a", "response": "\\ud83d"}]', r"bad\.json row 0: 'response' holds"),
         ("bad.csv", "prompt\n", r"cannot read '\.csv' files.*\.jsonl"),
     ],
 )
@@ -71,6 +82,22 @@ def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, mess
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         FileSource(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, ending: str) -> None:
+    """Catches: an error that says where in the file, and not which file."""
+    (tmp_path / f"old.{ending}").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"old\.{ending}: not UTF-8"):
+        FileSource(tmp_path / f"old.{ending}")
+
+
+def test_half_a_character_is_named_by_every_way_into_a_prompt() -> None:
+    """Catches: a tokenizer that fails on it with no row named."""
+    with pytest.raises(ValueError, match=r"row 'list/1': 'prompt' holds '\\ud83d' at character 0"):
+        PromptStream([{"prompt": "a"}, {"prompt": "\ud83d"}], _Echo(), chat=False, shuffle=False).take(2)
+    with pytest.raises(ValueError, match=r"^system holds '\\ud83d' at character 2"):
+        PromptStream(ROWS, _Chat(), system="ab\ud83d")
 
 
 def test_a_missing_file_and_a_missing_named_key(tmp_path: Path) -> None:
@@ -139,3 +166,9 @@ class _Echo:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
+
+
+class _Chat(_Echo):
+    """One with a template."""
+
+    chat_template = "{{ messages }}"

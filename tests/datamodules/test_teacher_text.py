@@ -59,6 +59,10 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], ending: str = "jsonl") -
     return file
 
 
+def rows_of(source: TeacherTextSource) -> list[Any]:
+    return [source[i] for i in range(len(source))]
+
+
 def texts(source: TeacherTextSource) -> dict[str, list[str]]:
     return {source[i]["uid"]: source[i]["response"] for i in range(len(source))}
 
@@ -125,6 +129,53 @@ def test_files_that_others_wrote(tmp_path: Path) -> None:
         [None, "length"],
         [None],
     ]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"finish_reasons": None, "finish_reason": "length"},
+        {"finish_reason": "length"},
+        {"finish_reasons": "length"},
+        {"finish_reasons": ["length"]},
+    ],
+)
+@pytest.mark.parametrize(
+    "answer", [{"response": "t2"}, {"response": ["t2"]}, {"responses": None, "response": "t2"}]
+)
+def test_an_absent_column_does_not_hide_the_one_that_says_an_answer_was_cut(
+    answer: dict[str, Any], cut: dict[str, Any], tmp_path: Path
+) -> None:
+    """Catches: a cut answer kept and closed by EOS, since tables keep absent values as null."""
+    file = write(tmp_path, [{"prompt": "t1", **answer, **cut}, {"prompt": "t1", "response": "t3"}])
+    assert [row["response"] for row in rows_of(TeacherTextSource(file))] == [["t3"]]
+    for source in (TeacherTextSource(file, truncated="keep"), FileSource(file)):
+        group = given_group(PromptStream(source, TOKENIZER).encode(0), TOKENIZER, "response", None)
+        assert [c.ids.tolist() for c in group.completions] == [[2]] and group.completions[
+            0
+        ].finish == "length"
+
+
+@pytest.mark.parametrize("flag", ["truncated", "refused"])
+def test_a_flag_beside_a_single_answer_need_not_be_a_list(flag: str, tmp_path: Path) -> None:
+    """Catches: ``"truncated": true`` beside ``response`` being passed over."""
+    rows = [{"prompt": "t1", "response": "t2", flag: value} for value in (True, False, None)]
+    source = TeacherTextSource(write(tmp_path, rows))
+    assert source.left_out == {flag: 1}
+    assert [row[flag] for row in rows_of(source)] == [[False], None]
+
+
+@pytest.mark.parametrize("key", ["response", "responses"])
+def test_half_a_character_in_an_answer_is_named_with_its_line(key: str, tmp_path: Path) -> None:
+    """Catches: a tokenizer that fails on it in the middle of a training run, with no row named."""
+    rows = [{"prompt": "t1", key: ["t2", "t3"]}, {"prompt": "t1", key: ["t2", "t3 \ud83d"]}]
+    with pytest.raises(
+        ValueError, match=rf"teacher\.jsonl line 2: '{key}'\[1\] holds '\\ud83d' at character 3"
+    ):
+        TeacherTextSource(write(tmp_path, rows))
+    rows[1]["finish_reasons"] = ["stop", "length"]
+    if key == "responses":
+        assert len(TeacherTextSource(write(tmp_path, rows))) == 2, "what is left out does not matter"
 
 
 @pytest.mark.parametrize(

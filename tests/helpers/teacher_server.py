@@ -168,6 +168,13 @@ def error(handler: BaseHTTPRequestHandler, argument: str, text: str) -> None:
     send(handler, int(status), {"error": {"message": f"no: key {key}", "code": code or None}})
 
 
+def long_error(handler: BaseHTTPRequestHandler, argument: str, text: str) -> None:
+    """``long_error:STATUS:LENGTH``, no JSON, with the key after LENGTH characters; its slashes escaped, as PHP does."""
+    status, _, length = argument.partition(":")
+    key = handler.headers["authorization"].removeprefix("Bearer ").replace("/", "\\/")
+    send(handler, int(status), "." * int(length) + key + "." * 1000, content_type="text/html")
+
+
 def echo(handler: BaseHTTPRequestHandler, argument: str, text: str) -> None:
     """An answer that repeats the key."""
     send(handler, 200, completion(f"your key is {handler.headers['authorization']}"))
@@ -197,5 +204,6 @@ BEHAVIOURS: dict[str, Callable[[BaseHTTPRequestHandler, str, str], None]] = {
     "cut": cut,
     "slow": slow,
     "error": error,
+    "long_error": long_error,
     "echo": echo,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 from teacher_server import TOKENS_OUT, TeacherServer
 
+from lightning_onpolicy.datamodules.collect import command
+from lightning_onpolicy.datamodules.collect.budget import most_prompt_tokens
+from lightning_onpolicy.datamodules.collect.client import Client
 from lightning_onpolicy.datamodules.collect.plan import body, plan
 from lightning_onpolicy.datamodules.sources import FileSource
 
@@ -238,3 +242,83 @@ def test_retry_after_holds_everybody_back(run: Any) -> None:
         )
     gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(server.requests)]
     assert max(gaps) >= 0.35, "the other worker waits too"
+
+
+def test_a_run_that_goes_on_with_what_is_refused_lists_all_of_it_again(run: Any) -> None:
+    """Catches: prompts that were answered by an earlier run not counting as answered, so that this one gives up."""
+    good, bad = [f"good {i}" for i in range(30)], [f"bad {i}" for i in range(25)]
+    with TeacherServer({prompt: ["error:400"] for prompt in bad}) as server:
+        for number in (1, 2):
+            assert run(server.url, [*good, *bad], concurrency=4) == 3
+            assert sorted(row["uid"] for row in run.failed()) == sorted(
+                f"prompts/{30 + i}" for i in range(25)
+            )
+            assert len(server.requests) == 30 + 25 * number and len(run.rows()) == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, r"prompts\.jsonl line 2: 'prompt' holds '\\ud83d' at character 3"),
+        ({"system": "half \ud83d"}, r"system holds '\\ud83d' at character 5"),
+        ({"stop": ["a", "\udcff"]}, r"stop\[1\] holds '\\udcff'"),
+        ({"extra_body": {"user": {"name": "\ud83d"}}}, r"extra_body\['user'\]\['name'\] holds"),
+    ],
+)
+def test_half_a_character_is_named_before_anything_is_sent(
+    settings: dict[str, Any], named: str, run: Any
+) -> None:
+    """Catches: a request that no client can encode, met in the middle of a run, and paid for again at each restart."""
+    prompts = PROMPTS if settings else [PROMPTS[0], "bad\ud83d", *PROMPTS[2:]]
+    with TeacherServer() as server:
+        with pytest.raises(ValueError, match=named):
+            run(server.url, prompts, **settings)
+        assert server.requests == []
+    assert not list(run.folder.glob("out*"))
+
+
+def fails_at(prompt: str, others: int, server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client fail, as nobody expects it to, once so many others are in flight."""
+    ask = Client.ask
+
+    async def failing(self: Client, body: Any) -> Any:
+        if body["messages"][-1]["content"] != prompt:
+            return await ask(self, body)
+        await asyncio.sleep(0.1)  # so that the other workers start
+        while len(server.requests) < others:
+            await asyncio.sleep(0.01)
+        raise LookupError("nobody thought of this")
+
+    monkeypatch.setattr(Client, "ask", failing)
+
+
+def test_what_nobody_expects_ends_the_run_and_keeps_what_is_in_flight(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: one worker's error cancelling the requests of the others, whose answers are paid for and lost."""
+    with TeacherServer(seconds=0.3) as server:
+        with monkeypatch.context() as patched:
+            fails_at(PROMPTS[2], 3, server, patched)
+            with pytest.raises(LookupError, match="nobody thought of this"):
+                run(server.url, PROMPTS, concurrency=4)
+        asked = server.prompts()
+        assert sorted(asked) == [PROMPTS[0], PROMPTS[1], PROMPTS[3]], "nothing more is sent"
+        assert len(run.rows()) == 3
+        assert run(server.url, PROMPTS) == 0
+        assert not set(asked) & set(server.prompts()[3:]), "what was in flight is not asked again"
+
+
+def test_what_nobody_expects_wakes_those_who_wait_for_the_cap(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a run that hangs, since the request that failed never gives back what was reserved for it."""
+    real, worst = command._run, most_prompt_tokens([{"role": "user", "content": PROMPTS[0]}]) + 16
+
+    async def bounded(*args: Any) -> Any:
+        return await asyncio.wait_for(real(*args), 20)
+
+    monkeypatch.setattr(command, "_run", bounded)
+    with TeacherServer() as server:
+        fails_at(PROMPTS[0], 0, server, monkeypatch)
+        with pytest.raises(LookupError):
+            run(server.url, PROMPTS, concurrency=3, max_tokens_total=worst)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,67 @@ def test_a_file_of_something_else_is_left_as_it_is(line: str, named: str, tmp_pa
     with pytest.raises(ValueError, match=named):
         RowFile(file, digests)
     assert file.read_bytes() == before
+
+
+def test_a_cache_that_cannot_be_used_says_what_to_do(tmp_path: Path) -> None:
+    """Catches: a bare sentence of SQLite's, and a lock that is kept by what failed to open."""
+    file = tmp_path / "c.sqlite"
+    file.mkdir()
+    with pytest.raises(OSError, match=r"c\.sqlite: unable to open database file.*choose another cache"):
+        AnswerCache(file)
+    file.rmdir()
+    filled(file).close()
+    damage(file)
+    with pytest.raises(
+        OSError, match=r"c\.sqlite: .*malformed.*damaged.*move it away or choose another cache"
+    ):
+        AnswerCache(file).keys()
+    file.unlink()
+    other = sqlite3.connect(file)
+    other.execute("PRAGMA user_version = 99")
+    other.close()
+    with pytest.raises(OSError, match=r"c\.sqlite is of version 99.*choose another cache"):
+        AnswerCache(file)
+    other = sqlite3.connect(file, timeout=0)
+    other.execute("BEGIN EXCLUSIVE")
+    other.close()
+
+
+def test_a_full_disk_is_said_and_what_comes_after_it_is_kept(tmp_path: Path) -> None:
+    """Catches: a transaction left open by an answer that did not fit, which makes every later one fail too."""
+    file = tmp_path / "c.sqlite"
+    cache = filled(file)
+    [pages] = cache._db.execute("PRAGMA page_count").fetchone()
+    number = cache.send("big", 1, 1, Prices(), 0.0)
+    cache._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(OSError, match=r"c\.sqlite: database or disk is full.*free some space.*run it again"):
+        cache.receive(number, "big", "{}", Kept("x" * 100_000, None, 1.0, 1.0), (1, 1))
+    with pytest.raises(
+        OSError, match=r"c\.sqlite: UNIQUE constraint failed"
+    ):  # after which SQLite undoes nothing
+        cache.receive(number, "key 0", "{}", Kept("x", None, 1.0, 1.0), (1, 1))
+    number = cache.send("small", 1, 1, Prices(), 0.0)
+    cache.receive(number, "small", "{}", Kept("x", None, 1.0, 1.0), (1, 1))
+    cache.close()
+    again = AnswerCache(file)
+    known = again.keys()
+    assert "small" in known and "big" not in known and again.lost == 1
+    again.close()
+
+
+def filled(file: Path) -> AnswerCache:
+    """A cache of some pages."""
+    cache = AnswerCache(file)
+    for i in range(20):
+        number = cache.send(f"key {i}", 1, 1, Prices(), 0.0)
+        cache.receive(number, f"key {i}", "{}", Kept("x" * 1000, None, 1.0, 1.0), (1, 1))
+    return cache
+
+
+def damage(file: Path) -> None:
+    """Overwrite everything behind the first page."""
+    content = sqlite3.connect(file)
+    content.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content.close()
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:4096] + b"\xff" * (size - 4096))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 from teacher_server import TOKENS_IN, TOKENS_OUT, TeacherServer
 
-from lightning_onpolicy.datamodules.collect.budget import most_prompt_tokens
+from lightning_onpolicy.datamodules.collect.budget import json_bytes, most_prompt_tokens
 
 PROMPTS = [f"question {i}" for i in range(6)]
 WORST = most_prompt_tokens([{"role": "user", "content": PROMPTS[0]}]) + 16
@@ -99,7 +100,13 @@ def test_a_short_word_as_key_does_not_change_answers(run: Any, monkeypatch: pyte
     monkeypatch.setenv("OPENAI_API_KEY", "answer")
     with TeacherServer() as server:
         assert run(server.url, PROMPTS[:1]) == 0
-    assert run.rows()[0]["responses"] == ["answer 0 to question 0"]
+        assert run.rows()[0]["responses"] == ["answer 0 to question 0"]
+        server.scripts["*"] = ["error:200"]
+        for key in ("short-secret", '"'):  # which is in all JSON
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            assert run(server.url, ["new"], retries=0, out="b.jsonl") == 3
+            [failed] = run.rows("b.failed.jsonl")
+            assert "no: key [API key]" in failed["message"], "what people are told is cleaned"
 
 
 def test_the_key_comes_from_the_variable_that_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +135,65 @@ def test_two_at_once_are_refused(shared: str, run: Any) -> None:
         assert server.requests == []
         held.close()
         assert run(server.url, PROMPTS) == 0
+
+
+@pytest.mark.parametrize(("word", "cut"), [("long_error:400", 490), ("long_error:200", 190)])
+def test_a_key_across_the_cut_of_a_message_does_not_leave_its_head(
+    word: str, cut: int, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: messages cut before they are cleaned, and keys whose slashes the server escaped."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk/test/0123456789abcdef")
+    with TeacherServer({PROMPTS[0]: [f"{word}:{cut}"], PROMPTS[1]: [f"{word}:100"]}) as server:
+        assert run(server.url, PROMPTS, retries=0) == 3
+    messages = {row["uid"]: row["message"] for row in run.failed()}
+    assert not any("sk" in message for message in messages.values())
+    assert "[API key]" in messages["prompts/1"] and len(messages["prompts/0"]) < 530
+
+
+@pytest.mark.parametrize(
+    ("variable", "shown"),
+    [("sk-proj-0123456789abcdef", False), ("gsk_0123456789abcdef", False), ("MY_KEY", True)],
+)
+def test_a_key_given_for_the_name_of_its_variable_is_not_repeated(
+    variable: str, shown: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a secret in an error message, from there in logs."""
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ValueError, match="api_key_env") as error:
+        run("https://example.invalid/v1", PROMPTS[:1], api_key_env=variable)
+    assert (variable in str(error.value)) == shown and str(error.value) != ""
+
+
+@pytest.mark.parametrize(
+    ("key", "sent"), [("sk-01234567890123456789\n", True), ("sk-é0123", False), ("a\nb", False)]
+)
+def test_a_key_that_no_header_takes_is_an_error_that_does_not_repeat_it(
+    key: str, sent: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a line break at the end of a key, which the client refuses with the key in its words."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with TeacherServer() as server:
+        if sent:
+            assert run(server.url, PROMPTS[:1]) == 0
+            assert server.requests[0]["authorization"] == f"Bearer {key.strip()}"
+        else:
+            with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+                run(server.url, PROMPTS[:1])
+            assert key not in str(error.value)
+
+
+def test_tools_and_calls_are_part_of_the_worst_case(run: Any) -> None:
+    """Catches: a cap that a server breaks by rendering into the prompt what the worst case leaves out."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "wörter " * 300}}]
+    written = len(json.dumps(tools, indent=4))  # as indented by some templates, with escapes
+    plain = [{"role": "user", "content": PROMPTS[0]}]
+    assert most_prompt_tokens(plain, json_bytes({"tools": tools})) >= most_prompt_tokens(plain) + written
+    called = [{"role": "assistant", "content": "", "tool_calls": tools}, *plain]
+    assert most_prompt_tokens(called) >= most_prompt_tokens(plain) + written
+    with TeacherServer() as server:
+        settings = {"extra_body": {"tools": tools}, "max_tokens_total": WORST + written // 2}
+        assert run(server.url, PROMPTS, **settings) == 4
+        assert server.requests == []
+        assert run(server.url, PROMPTS, dry_run=True, **settings) == 0
+    [most] = re.findall(r"prompts: .*at most ([\d,]+)", run.said)
+    assert int(most.replace(",", "")) >= 6 * (WORST - 16 + written)

@@ -61,6 +61,8 @@ def test_rows_in_every_format_become_messages() -> None:
         ([{"question": "q"}], "neither 'prompt' nor 'messages'"),
         ([{"prompt": "p", "uid": "x"}, {"prompt": "q", "uid": "x"}], "two rows.*'x'"),
         ([{"prompt": "p", "responses": ["r"]}], "responses.*remove"),
+        ([{"prompt": "p"}, {"prompt": "q\udfff"}], r"list/1.*'prompt' holds '\\udfff' at character 1"),
+        ([{"messages": [{"role": "user", "content": [{"text": b"q"}]}]}], "list/0.*cannot be sent.*bytes"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_named(rows: list[dict[str, Any]], named: str) -> None:
