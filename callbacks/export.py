@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -17,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_onpolicy.callbacks.model_card import model_card
 from lightning_onpolicy.callbacks.protocol import SavesPolicy, WarnOnce
+from lightning_onpolicy.modules.folders import check_replaceable, whole_folder
 from lightning_onpolicy.modules.saving import gathered_state_dict
 
-MARKER = "onpolicy_export.json"
 When = Literal["end", "every_checkpoint"]
 
 
@@ -116,43 +113,8 @@ class ExportHF(Callback):
         target: Path,
         state: Mapping[str, Tensor] | None,
     ) -> None:
-        check_replaceable(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.parent / f".{target.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
-        unfinished.mkdir()
-        try:
-            policy.save_pretrained(unfinished, merge=self.merge, state_dict=state)
+        with whole_folder(target, trainer.global_step) as folder:
+            policy.save_pretrained(folder, merge=self.merge, state_dict=state)
             adapters_only = bool(getattr(policy, "has_adapters", False)) and not self.merge
             card = model_card(trainer, module, adapters_only=adapters_only)
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
-            (unfinished / MARKER).write_text(json.dumps({"step": trainer.global_step}) + "\n")
-            replace_folder(unfinished, target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # there only if writing failed
-
-
-def check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an export.
-
-    Raises:
-        FileExistsError: If ``target`` is a file, or a folder with something else in it.
-    """
-    if not target.exists():
-        return
-    if target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir())):
-        return
-    raise FileExistsError(
-        f"ExportHF: {target} exists and is not an earlier export (it has no {MARKER}); nothing was "
-        "overwritten. Choose another folder or move it away."
-    )
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put ``source`` in ``target``'s place; a full folder cannot be renamed over, so it steps aside first."""
-    old = target.parent / f".{target.name}.replaced"
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(source, target)
-    shutil.rmtree(old, ignore_errors=True)
+            (folder / "README.md").write_text(card, encoding="utf-8")

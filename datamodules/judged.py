@@ -81,19 +81,32 @@ def judged_rows(
     )
 
 
-def read_anew(prompts: Sequence[Prompt], tokenizer: Any, *, chat: bool) -> list[Prompt]:
+def read_anew(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    chat: bool,
+    system: str | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
     """The prompts as another model's template and tokenizer have them, from their rows.
 
     Args:
         prompts: Repetitions cost nothing.
         tokenizer: The other model's.
         chat: Render with its chat template.
+        system: System message of conversations that have none; default: the one each prompt was asked with.
+        chat_options: More arguments for the template.
     """
     known: dict[int, Prompt] = {}
     for prompt in prompts:
         if id(prompt) not in known:
             row = {**prompt.row, "uid": prompt.uid, "source": prompt.source}
-            known[id(prompt)] = PromptStream([row], tokenizer, chat=chat, shuffle=False).encode(0)
+            said = (prompt.system if system is None else system) if chat else None
+            how = PromptStream(
+                [row], tokenizer, chat=chat, system=said, chat_options=chat_options, shuffle=False
+            )
+            known[id(prompt)] = how.encode(0)
     return [known[id(prompt)] for prompt in prompts]
 
 

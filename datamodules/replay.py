@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_onpolicy.datamodules.seeds import derive_seed
 from lightning_onpolicy.datamodules.shuffle import Permutation
 
 Item = Mapping[str, Any]
@@ -74,13 +75,16 @@ class ReplayBuffer:
         return [_plain(held[i], "item") for i in chosen]
 
     def mix(self, fresh: Sequence[Item], number: int) -> list[dict[str, Any]]:
-        """As many items as came in, of which ``share`` (rounded down; fewer while there are not enough) are old.
+        """As many items as came in, of which ``share`` are old (fewer while there are not enough); what is left of it by
+        rounding down is one item more, as often as that makes the share right on average.
 
         Args:
             fresh: The batch; it is not changed.
             number: Of the draw.
         """
-        old = self.sample(int(self.share * len(fresh)), number)
+        wanted = self.share * len(fresh)
+        more = derive_seed("replay", self.seed, number) / 2**63 < wanted - int(wanted)
+        old = self.sample(int(wanted) + more, number)
         out = [_plain(dict(item), "item") for item in fresh]
         if old:
             order = Permutation(len(fresh), key=(self.seed, number, 1))

@@ -214,7 +214,7 @@ class GAD(GADGenerator):
             self._anchor()
         with self.phases("prepare"), torch.no_grad():
             verdict = self.judge(batch)
-            self._refuse_alone(verdict)
+            self.refuse_alone(verdict)
             rows, means = self.own_rows(batch, verdict)
             self._verdict = {**self.verdict_metrics(batch, verdict), **means}
             if phase == "main":
@@ -284,14 +284,6 @@ class GAD(GADGenerator):
             self.clock.anchored = True
             if self.anchor == "post_warmup" and self.reference is not None and self.warmup.batches:
                 self.reset_reference()
-
-    def _refuse_alone(self, verdict: Verdict) -> None:
-        pairs = torch.tensor([float(len(verdict.pairs))], device=self.device)
-        if float(self._reduce(pairs, "sum")[0]) == 0:
-            raise ValueError(
-                "no sampled response has a teacher's beside it: set data.beside to true, and data.response_key to the "
-                "key under which the rows hold the teacher's text."
-            )
 
 
 def taught(batch: RolloutBatch) -> RolloutBatch:

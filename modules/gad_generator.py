@@ -150,6 +150,15 @@ class GADGenerator(ProRLGRPO):
         own, group = batch.on_policy.cpu(), batch.group.cpu()
         return Verdict(rows, score_B.cpu(), pair_rows(group[own], group[~own]))
 
+    def refuse_alone(self, verdict: Verdict) -> None:
+        """Raise, on all ranks, if no sampled response has a teacher's beside it."""
+        pairs = torch.tensor([float(len(verdict.pairs))], device=self.device)
+        if float(self._reduce(pairs, "sum")[0]) == 0:
+            raise ValueError(
+                "no sampled response has a teacher's beside it: set data.beside to true, and data.response_key to the "
+                "key under which the rows hold the teacher's text."
+            )
+
     @staticmethod
     def pad_of(tokenizer: Any) -> int:
         """What its rows are padded with; masks tell EOS and padding apart."""
@@ -176,6 +185,8 @@ class GADGenerator(ProRLGRPO):
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
         """Score, pay, and grade as ProRLGRPO does; given rows have done their part."""
         verdict = self.judge(batch)
+        if self.reward.bound is not None:
+            self.refuse_alone(verdict)
         rows, means = self.own_rows(batch, verdict)
         self._verdict = {**self.verdict_metrics(batch, verdict), **means}
         self._judged = verdict.rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +35,14 @@ class LossOutput:
         means: Named tensors of any shape; what is reported is the mean over all their elements, over all
             micro-batches and ranks. The same names must come from every micro-batch.
         maxima: Named tensors whose global maximum is reported.
+        within: Makes the context in which the loss is to be differentiated: what is computed again in the backward pass
+            must be computed as in the forward pass.
     """
 
     loss: Tensor
     means: Mapping[str, Tensor] = field(default_factory=dict)
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Tally:

@@ -54,13 +54,18 @@ def pair_loss(
                 more["gradient_norm"][preferred] / weight_R.sqrt()
             )  # the other rows have none by construction
             loss, means = loss + r1 * penalty, {**means, "gradient_norm": norm_R[weight_R > 0]}
-    return LossOutput(loss, means)
+    return LossOutput(loss, means, within=unfused if r1 else contextlib.nullcontext)
+
+
+def unfused() -> contextlib.AbstractContextManager[None]:
+    """Attention without fused kernels, which cannot be differentiated twice; for the backward pass too, in which
+    gradient checkpointing runs the forward pass again."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextlib.contextmanager
 def _embeddings(model: ScalarModel) -> Iterator[list[Tensor]]:
-    """The body's input embeddings in the forward passes inside, which attend without fused kernels: those cannot be
-    differentiated twice."""
+    """The body's input embeddings in the forward passes inside, which are :func:`unfused`."""
     seen: list[Tensor] = []
 
     def keep(module: Any, args: Any, out: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ def _embeddings(model: ScalarModel) -> Iterator[list[Tensor]]:
 
     handle = model.body.get_input_embeddings().register_forward_hook(keep)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with unfused():
             yield seen
     finally:
         handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -64,6 +65,8 @@ class ScalarReward(FrozenScalar, Reward):
         micro_batch_tokens: Positions (rows × longest row) per forward pass.
         chat: Render prompts with the model's own chat template; False takes their text as it is.
         device: Where to score; null takes CUDA where there is, or else the CPU.
+        system: System message it was trained with; null: whatever each prompt is asked with.
+        chat_options: More arguments for its template, as in its training.
 
     Example:
         >>> from lightning_onpolicy.datamodules.given import group_of
@@ -81,15 +84,30 @@ class ScalarReward(FrozenScalar, Reward):
         micro_batch_tokens: int = 16384,
         chat: bool = True,
         device: str | None = None,
+        system: str | None = None,
+        chat_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model, micro_batch_tokens, device)
-        self.limit, self.chat = max_response_tokens, chat
+        if not chat and (system is not None or chat_options):
+            raise ValueError("system and chat_options are parts of a chat: set chat: true or remove them.")
+        self.limit, self.chat, self.system, self.chat_options = (
+            max_response_tokens,
+            chat,
+            system,
+            chat_options,
+        )
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion."""
         tokenizer = self.model.tokenizer
         eos = int(tokenizer.eos_token_id)
-        asked = read_anew([g.prompt for g in groups for _ in g.completions], tokenizer, chat=self.chat)
+        asked = read_anew(
+            [g.prompt for g in groups for _ in g.completions],
+            tokenizer,
+            chat=self.chat,
+            system=self.system,
+            chat_options=self.chat_options,
+        )
         answers = [c for group in groups for c in group.completions]
         if not answers:
             return [[] for _ in groups]

@@ -22,6 +22,7 @@ from lightning_onpolicy.datamodules.judged import PREFERRED
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
+from lightning_onpolicy.modules.folders import check_replaceable, whole_folder
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.reported import Reported
@@ -98,9 +99,11 @@ class ScalarTraining(UpdateLoop, LeanCheckpoint, pl.LightningModule, ABC):
         yield self.model
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies on which the loop would be wrong."""
+        """Refuse strategies on which the loop would be wrong, and an export that would be refused after training."""
         if stage == "fit":
             parallel.refuse_unfit(self.trainer)
+            if self.export is not None:
+                check_replaceable(Path(self.export))
 
     def configure_optimizers(self) -> Any:
         """One, over what trains."""
@@ -126,14 +129,15 @@ class ScalarTraining(UpdateLoop, LeanCheckpoint, pl.LightningModule, ABC):
         """The micro-batch's share."""
 
     def on_fit_end(self) -> None:
-        """Write the model, for whoever scores with it."""
-        if self.export is None:
+        """Write the model, for whoever scores with it; nothing in a ``fast_dev_run``."""
+        if self.export is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         from lightning_onpolicy.modules.saving import gathered_state_dict
 
         state = gathered_state_dict(self.model)
         if self.trainer.is_global_zero:
-            self.model.save_pretrained(Path(self.export), state_dict=state)
+            with whole_folder(Path(self.export), self.trainer.global_step) as folder:
+                self.model.save_pretrained(folder, state_dict=state)
 
     # -- evaluation -------------------------------------------------------------------------------
 

@@ -175,7 +175,8 @@ class UpdateLoop(pl.LightningModule):
             reduced = i + 1 == len(micros) and not by_hand
             with contextlib.nullcontext() if reduced else parallel.blocked_sync(self.trainer):
                 out = loss(micro, counts)
-                self.manual_backward(out.loss * scale)
+                with out.within():
+                    self.manual_backward(out.loss * scale)
             total += out.loss.detach()
             tally.add(_renamed(out.means, first), _renamed(out.maxima, first))
         if by_hand:

@@ -15,8 +15,9 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_onpolicy.callbacks.export import MARKER, ExportHF, check_replaceable, replace_folder
+from lightning_onpolicy.callbacks.export import ExportHF
 from lightning_onpolicy.callbacks.model_card import front_matter, resolved_config
+from lightning_onpolicy.modules.folders import MARKER, check_replaceable, replace_folder
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
 
 IDS = torch.tensor([[1, 2, 3, 4]])
