@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from lightning_onpolicy.datamodules.judging.backends import JudgeBackend, JudgeRequest, Reply
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, orders, restored
-from lightning_onpolicy.datamodules.judging.parser import parse_scores
+from lightning_onpolicy.datamodules.judging.parser import opens_thinking, parse_scores
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, best_hint, template_for
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 
@@ -105,7 +105,13 @@ class Judge:
             return JudgeSample(order, "unanswered")
         low, high = self._template(len(order)).low, self._template(len(order)).high
         said = parse_scores(
-            reply.text, len(order), low, high, finished=reply.finished, think_end=self.think_end
+            reply.text,
+            len(order),
+            low,
+            high,
+            finished=reply.finished,
+            think_end=self.think_end,
+            opened=opens_thinking(reply.prompt_end, self.think_end),
         )
         scores = None if said.scores is None else tuple(restored(said.scores, order))
         return JudgeSample(order, said.outcome, scores, None, reply.text)
