@@ -29,6 +29,11 @@ class JudgementReward(Reward):
     Args:
         think_end: What ends the judge's thinking, which does not count; null, nothing does. Where a chat template opens
             the thinking (``<think>``), an answer that never ends it has no scores.
+        wrong: What all others are worth: −1.0 to train with, as in the paper; in evaluation 0.0 makes the mean an
+            accuracy, the share of judgements that are right.
+
+    Raises:
+        ValueError: If ``wrong`` is not below 1, what a right one is worth.
 
     Example:
         >>> from lightning_onpolicy.datamodules.given import group_of
@@ -40,14 +45,16 @@ class JudgementReward(Reward):
 
     concurrent = True
 
-    def __init__(self, think_end: str | None = "</think>") -> None:
-        self.think_end = think_end
+    def __init__(self, think_end: str | None = "</think>", wrong: float = -1.0) -> None:
+        if not wrong < 1.0:
+            raise ValueError(f"wrong must be below 1, what a right judgement is worth, got {wrong}.")
+        self.think_end, self.wrong = think_end, wrong
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion; every completion has one."""
         return [
             [
-                judge_reward(read(g.prompt, c, self.think_end).scores, g.prompt.row["labels"])
+                judge_reward(read(g.prompt, c, self.think_end).scores, g.prompt.row["labels"], self.wrong)
                 for c in g.completions
             ]
             for g in groups

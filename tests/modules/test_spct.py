@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import pytest
 import ranks_spct
 import torch
+import yaml
 from judged import GOOD, write_benchmark
 from launching import on_two_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_onpolicy._configs import config_root, list_configs
 from lightning_onpolicy.callbacks.completions import CompletionWriter
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.cli import main
@@ -39,6 +41,10 @@ from lightning_onpolicy.modules.spct import JudgingSpec, SPCTReward
 
 BACKEND = '{"class_path": "CallableBackend", "init_args": {"function": "judges.by_content"}}'
 STUDENT = {"path": "onpolicy://quickstart/models/student", "dtype": "float32"}
+
+
+def config_text(name: str) -> str:
+    return (config_root() / f"{name}.yaml").read_text()
 
 
 def trainer(folder: Path, **settings: Any) -> pl.Trainer:
@@ -120,6 +126,19 @@ def test_what_cannot_be_read_costs_one_in_training(file: Path, short: JudgeTempl
     assert module.recipe == "spct" and module.kl.coef == 0.08 and module.reduction == "sequence_mean"
     assert metrics["train/constant_groups"] == 1  # all equal: nothing to learn from, and no NaN
     assert all(bool(p.isfinite().all()) for p in module.policy.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in list_configs() if "JudgementReward" in config_text(name)])
+def test_configurations_validate_judges_by_their_accuracy_and_train_them_on_plus_and_minus_one(
+    name: str,
+) -> None:
+    """Catches: ``val/accuracy`` that is twice the accuracy less one, because training's reward measures it."""
+    data = yaml.safe_load(config_text(name))["data"]["init_args"]
+    measured = data.get("eval_rewards") or data["rewards"]
+    assert measured["right"]["init_args"] == {"wrong": 0.0}
+    assert sum(data.get("reward_weights", {}).get(key, 1.0) for key in measured) == 1.0
+    if "eval_rewards" in data:
+        assert data["rewards"]["right"] == {"class_path": "JudgementReward"}
 
 
 # -- scoring and evaluation ------------------------------------------------------------------------------------

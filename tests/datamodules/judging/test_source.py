@@ -93,6 +93,10 @@ def test_the_reward_does_not_depend_on_the_order_shown(file: Path) -> None:
     groups = [group_of(row, *texts, "no box") for row, *texts in zip(rows, right, best_last, strict=True)]
     assert JudgementReward().score(groups) == [[1.0, -1.0, -1.0]] * 30
     assert ReadableReward().score(groups) == [[1.0, 1.0, 0.0]] * 30
+    assert JudgementReward(wrong=0.0).score(groups) == [[1.0, 0.0, 0.0]] * 30
+    for wrong in (1.0, float("nan")):
+        with pytest.raises(ValueError, match="wrong must be below 1"):
+            JudgementReward(wrong=wrong)
 
 
 def test_scores_in_the_thinking_do_not_count() -> None:
