@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class JudgeReport(Callback):
         seed: Of the subsets and of random ties.
         confidence: Coverage of intervals.
         plot: Draw the score against k, with matplotlib.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If a setting is out of range.
     """
 
     def __init__(
@@ -40,6 +45,10 @@ class JudgeReport(Callback):
     ) -> None:
         if draws < 0 or not 0 < confidence < 1:
             raise ValueError(f"draws must be >= 0 and confidence in (0, 1), got {draws} and {confidence}.")
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError(
+                "JudgeReport draws with matplotlib: pip install 'lightning-onpolicy[plot]', or set plot: false."
+            )
         self.folder, self.draws, self.seed, self.confidence, self.plot = folder, draws, seed, confidence, plot
         self._items: list[JudgedItem] = []
 

@@ -5,7 +5,10 @@ Legend: ``k`` samples, ``n`` responses.
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lightning_onpolicy.cli import main
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.judging.backends import CallableBackend
 from lightning_onpolicy.datamodules.judging.formats import FORMATS
+from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
@@ -225,6 +229,54 @@ def test_the_policy_itself_judges_where_no_backend_is_named(
     assert again == rows
 
 
+def test_single_responses_are_asked_about_with_the_template_of_their_training(tmp_path: Path) -> None:
+    """Catches: ``test`` and ``predict`` that ask with the packaged template what was trained with one's own."""
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("Right? {{ responses[0] }}")
+    row = {"uid": "a", "prompt": "1+1=", "responses": ["2"], "labels": [1]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    for spec in (
+        {"template": JudgeTemplate(str(mine), 0, 1)},
+        {"single": JudgeTemplate(str(mine), 0, 1)},
+        {},
+    ):
+        trained = JudgeSource(tmp_path / "one.jsonl", **spec)[0]["prompt"]  # type: ignore[arg-type]
+        asked: list[str] = []
+
+        def judge(prompt: str, seed: int, asked: list[str] = asked) -> str:
+            asked.append(prompt)
+            return "\\boxed{1}"
+
+        module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=JudgingSpec(k=1, **spec))  # type: ignore[arg-type]
+        items = str(tmp_path / "one.jsonl")
+        data = JudgingDataModule(predict=items, test={"items": items})
+        trainer(tmp_path).predict(module, data)
+        trainer(tmp_path).test(module, data, verbose=False)
+        assert asked == [trained] * 2 and ("Right?" in trained) == bool(spec)
+
+
+def test_a_meta_model_chooses_who_votes_also_where_its_number_is_not_given(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a meta model that is loaded, scores every judgement, and has no effect on any."""
+
+    class Meta:
+        def __init__(self, model: object, reading: object, device: str) -> None:
+            pass
+
+        def score(self, items: Sequence[JudgeItem], samples: Sequence[JudgeSample]) -> list[float | None]:
+            return [float(s.scores[0]) for s in samples if s.scores is not None]
+
+    monkeypatch.setattr("lightning_onpolicy.modules.spct.MetaRewardScorer", Meta)
+    for k, k_meta, kept in ((9, None, 4), (1, None, 1), (9, 9, 9), (9, 2, 2)):
+        backend = CallableBackend(judges.noisy(0.75))
+        module = SPCTReward(STUDENT, backend=backend, meta="a", judging=JudgingSpec(k=k, k_meta=k_meta))  # type: ignore[arg-type]
+        [rows] = trainer(tmp_path).predict(module, JudgingDataModule(predict=str(file), limit=3)) or []
+        for row in rows:
+            best = sorted(range(k), key=lambda i: (-row["samples"][i]["meta"], i))[:kept]
+            assert row["voted"] == sorted(best), (k, k_meta)
+
+
 def test_a_number_of_kept_samples_needs_a_meta_model() -> None:
     with pytest.raises(ValueError, match="name one in meta"):
         scripted(judging=JudgingSpec(k=4, k_meta=2))
@@ -250,6 +302,33 @@ def test_scores_of_files_are_strict_json_whatever_the_meta_model_and_the_judge_s
     writer.write_on_batch_end(run, scripted(), [row], None, None, 0, 0)
     writer.on_predict_end(run, scripted())
     assert json.loads((tmp_path / "out.jsonl").read_text())["samples"][0]["text"] == "\ud800"
+
+
+def test_a_tables_dates_come_back_as_text(tmp_path: Path) -> None:
+    """Catches: a file that is judged and then cannot be written, because JSON has no dates."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = datetime.datetime(2026, 8, 21, 12, 30)
+    rows = [{"prompt": "?", "responses": ["a", "bb"], "when": when, "day": when.date()}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    out = tmp_path / "out.jsonl"
+    run = trainer(tmp_path, callbacks=[CompletionWriter(str(out))])
+    module = SPCTReward(STUDENT, backend=CallableBackend(judges.by_content))  # type: ignore[arg-type]
+    run.predict(module, JudgingDataModule(predict=str(tmp_path / "in.parquet")))
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (row["when"], row["day"], row["best"]) == ("2026-08-21 12:30:00", "2026-08-21", 1)
+
+
+def test_without_matplotlib_a_report_says_so_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: an ImportError when all is judged."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.raises(ImportError, match=r"lightning-onpolicy\[plot\]'?, or set plot: false"):
+        JudgeReport(str(tmp_path))
+    assert JudgeReport(str(tmp_path), plot=False).plot is False
 
 
 def test_a_report_without_a_judge_says_what_goes_with_it(tmp_path: Path) -> None:
