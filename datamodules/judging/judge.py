@@ -114,7 +114,7 @@ class Judge:
             opened=opens_thinking(reply.prompt_end, self.think_end),
         )
         scores = None if said.scores is None else tuple(restored(said.scores, order))
-        return JudgeSample(order, said.outcome, scores, None, reply.text)
+        return JudgeSample(order, said.outcome, scores, None, reply.text, reply.finished)
 
     def _template(self, n: int) -> JudgeTemplate:
         return template_for(n, self.template, self.single)
