@@ -15,19 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_onpolicy.datamodules.batch import RolloutBatch, Sampling
 from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend
 from lightning_onpolicy.datamodules.judging.cases import EvalCase
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
-from lightning_onpolicy.datamodules.judging.module import ItemBatch
+from lightning_onpolicy.datamodules.judging.module import ItemBatch, JudgingDataModule
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, single_beside
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged, plain_sample
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
 from lightning_onpolicy.modules.engine_backend import EngineBackend
 from lightning_onpolicy.modules.grpo import ProRLGRPO
+from lightning_onpolicy.modules.judging.measures import foreseen, orders_for
 from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName
@@ -45,7 +48,8 @@ class JudgingSpec:
         k: Samples per item.
         k_meta: Of these, the ones that the meta model prefers, and that vote; null: half of k, the paper's choice,
             where there is a meta model. ``test`` makes tables of all.
-        order: ``shuffled``, ``rotated`` or ``fixed``.
+        order: ``shuffled``, ``rotated`` or ``fixed``. Where a benchmark's score needs both orders of each pair
+            (JudgeBench's), ``test`` takes rotations for shuffles.
         sampling: How the policy's tokens are drawn; a backend has its own.
         chat_options: More arguments for the policy's chat template.
         seed: Of orders and sampling.
@@ -179,6 +183,15 @@ class SPCTReward(ProRLGRPO):
             "samples": [plain_sample(sample) for sample in samples],
         }
 
+    def on_test_start(self) -> None:
+        """Say which benchmarks will have no score, before anything is sampled."""
+        super().on_test_start()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name in data.test if isinstance(data, JudgingDataModule) else ():
+            why = foreseen(name, self.judging.k, self.judging.order)
+            if why is not None:
+                rank_zero_warn(f"{name} will have no score: {why}.")
+
     def test_step(  # type: ignore[override]
         self, batch: RolloutBatch | ItemBatch[EvalCase], batch_idx: int
     ) -> dict[str, Any] | None:
@@ -186,7 +199,8 @@ class SPCTReward(ProRLGRPO):
         if isinstance(batch, RolloutBatch):
             super().test_step(batch, batch_idx)
             return None
-        samples = self.judge.judge([case.item for case in batch])
+        kinds = [orders_for(case.benchmark, self.judging.order) for case in batch]
+        samples = self.judge.judge([case.item for case in batch], kinds=kinds)
         found: list[JudgedItem] = [judged(case, said) for case, said in zip(batch, samples, strict=True)]
         return {"judged": found}
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import itertools
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,89 @@ def test_every_benchmarks_format_goes_through_one_evaluation(tmp_path: Path) -> 
     assert all(
         sample.outcome == "ok" for item in read_records(folder / "records.jsonl") for sample in item.samples
     )
+
+
+def evaluated(folder: Path, *, limit: int | None = None, k: int = 8, **files: str) -> dict[str, float]:
+    """What ``test`` logs, with a plot, of a judge that knows the best of several, and calls a single one right."""
+
+    def judge(prompt: str, seed: int) -> str:
+        texts = judges.shown(prompt)
+        scores = ["9" if text.startswith(GOOD) else "2" for text in texts] if len(texts) > 1 else ["1"]
+        return f"\\boxed{{{', '.join(scores)}}}"
+
+    module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=JudgingSpec(k=k))  # type: ignore[arg-type]
+    run = trainer(folder, callbacks=[JudgeReport(str(folder / "report"))])
+    [metrics] = run.test(module, JudgingDataModule(test=files, limit=limit), verbose=False)
+    return dict(metrics)
+
+
+def test_judgebench_has_its_score_also_in_shuffled_orders(tmp_path: Path) -> None:
+    """Catches: pairs that chance shows in one order only, so that the benchmark has no score and its plot fails."""
+    path = str(write_benchmark(tmp_path / "data", "judgebench", 30))
+    assert JudgingSpec().order == "shuffled"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no score")
+        metrics = evaluated(tmp_path, judgebench=path, items=str(labelled(tmp_path, 0.0, 1.0)))
+    assert {f"test/judgebench/vote@{k}": 1.0 for k in (2, 4, 8)}.items() <= metrics.items()
+    assert "test/judgebench/vote@1" not in metrics
+    records = read_records(tmp_path / "report" / "records.jsonl")
+    first = [r.samples[0].order for r in records if r.benchmark == "judgebench"]
+    assert 40 <= first.count((0, 1)) <= 80, "which order comes first is a coin's"
+    for record in records:
+        alternates = all(a.order != b.order for a, b in itertools.pairwise(record.samples))
+        assert alternates or record.benchmark != "judgebench"
+        assert not alternates or record.benchmark != "items"  # others are shuffled as before
+
+
+def test_one_sample_of_judgebench_is_said_to_be_too_few_before_anything_is_sampled(tmp_path: Path) -> None:
+    path = str(write_benchmark(tmp_path / "data", "judgebench", 2))
+    asked: list[str] = []
+
+    def judge(prompt: str, seed: int) -> str:
+        asked.append(prompt)
+        return judges.by_content(prompt, seed)
+
+    for spec in (JudgingSpec(k=1), JudgingSpec(k=4, order="fixed")):
+        module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=spec)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="judgebench will have no score")
+            with pytest.raises(UserWarning, match=r"set judging\.k to 2 or more"):
+                trainer(tmp_path).test(module, JudgingDataModule(test={"judgebench": path}), verbose=False)
+    assert not asked
+
+
+def labelled(folder: Path, *labels: float) -> Path:
+    """A file of single pairs or, of one label, single responses."""
+    path = folder / "labelled.jsonl"
+    row = {"prompt": "?", "responses": ["bad", "good"][-len(labels) :], "labels": labels}
+    path.write_text("".join(json.dumps({**row, "uid": f"u{i}"}) + "\n" for i in range(3)))
+    return path
+
+
+def test_a_score_that_does_not_exist_costs_no_evaluation(tmp_path: Path) -> None:
+    """Catches: an error after all is sampled, for want of something to draw, and with it the loss of what was said."""
+    one = tmp_path / "one.jsonl"
+    write_benchmark(tmp_path / "data", "realmistake", 2)
+    lines = (tmp_path / "data" / "math" / "x.jsonl").read_text().splitlines()
+    one.write_text("\n".join(line for line in lines if '"no_error"' in line))
+    ties = write_benchmark(tmp_path / "ties", "rewardbench2", 2)
+    only = [line for line in (ties / "test.jsonl").read_text().splitlines() if '"Ties"' in line]
+    (ties / "test.jsonl").write_text("\n".join(only))
+    pairs = str(write_benchmark(tmp_path / "pairs", "judgebench", 2))
+    for name, files, limit, k, why in (
+        ("realmistake", {"realmistake": str(one)}, None, 2, "needs right and wrong responses"),
+        ("rewardbench2", {"rewardbench2": str(ties)}, 3, 2, "Ties: every question needs both of its items"),
+        ("judgebench", {"judgebench": pairs}, None, 1, "must be judged in both orders"),
+    ):
+        folder = tmp_path / name
+        with pytest.warns(UserWarning, match=f"{name} has no score.*{why}"):
+            assert evaluated(folder, limit=limit, k=k, **files) == {}
+        written = {path.name for path in (folder / "report").iterdir()}
+        assert written == {"records.jsonl", "tables.txt", "sweep.csv"}
+    with pytest.warns(UserWarning, match="realmistake has no score"):
+        metrics = evaluated(tmp_path / "both", realmistake=str(one), judgebench=pairs)
+    assert metrics["test/judgebench/vote@8"] == 1.0
+    assert (tmp_path / "both" / "report" / "accuracy.png").exists()
 
 
 def test_the_policy_itself_judges_where_no_backend_is_named(

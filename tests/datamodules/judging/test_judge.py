@@ -80,6 +80,18 @@ def test_equal_orders_of_an_item_are_one_request_and_samples_keep_the_order_of_t
     assert [s.order for s in first] == [s.order for s in samples[:5]]
 
 
+def test_items_can_be_shown_in_orders_of_different_kinds() -> None:
+    """Catches: a kind that changes what is drawn for the items beside it."""
+    items = judges.items(3, n=2)
+    judge = Judge(CallableBackend(judges.by_content), k=6)
+    shuffled, rotated, fixed = judge.judge(items, kinds=["shuffled", "rotated", "fixed"])
+    assert shuffled == judge.judge(items)[0]
+    assert [s.order for s in rotated] == [rotated[0].order, rotated[0].order[::-1]] * 3
+    assert {s.order for s in fixed} == {(0, 1)}
+    with pytest.raises(ValueError, match="zip"):
+        judge.judge(items, kinds=["fixed"])
+
+
 def test_what_is_drawn_for_an_item_does_not_depend_on_its_company() -> None:
     items = judges.items(7)
     judge = Judge(CallableBackend(judges.noisy(0.5)), k=3)
