@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 class CompletionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns (a list of plain rows) to a JSON-lines file, one per rank.
 
+    Values that JSON lacks, such as a table's dates, are written as text.
+
     Rows go to ``PATH.partial``, which becomes ``PATH`` when all are there: an interrupted run never looks complete,
     and never costs an earlier file.
 
@@ -63,7 +65,7 @@ class CompletionWriter(BasePredictionWriter):
         if not isinstance(prediction, list):
             raise TypeError(f"predict_step must return a list of rows, got {type(prediction).__name__}.")
         with self._partial.open("a", encoding="utf-8", errors="backslashreplace") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the file its name, and say where it is."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_onpolicy.callbacks.evaluation_tables import as_text, width_of
 from lightning_onpolicy.callbacks.rollout_files import move_aside
 from lightning_onpolicy.callbacks.rollout_table import print_table
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, write_records
 from lightning_onpolicy.datamodules.ranks import gathered_by_rank
-from lightning_onpolicy.modules.judging.sweep import Row, sweep
+from lightning_onpolicy.modules.judging.sweep import Row, sweep, unscored
 from lightning_onpolicy.modules.judging.tables import benchmark_table, draw_sweep, grid_table, write_sweep
 
 RECORDS, TABLES, SWEEP, PLOT = "records.jsonl", "tables.txt", "sweep.csv", "accuracy.png"
@@ -25,7 +27,8 @@ class JudgeReport(Callback):
 
     Takes what ``SPCTReward.test_step`` returns. Writes ``records.jsonl`` (every sample's text, order, outcome, scores:
     all tables can be made again from it), ``tables.txt``, ``sweep.csv`` and ``accuracy.png`` to the folder; an earlier
-    evaluation's folder is moved aside.
+    evaluation's folder is moved aside. A benchmark whose score does not exist, such as JudgeBench's with one sample per
+    pair, has a dash in its place, no panel in the plot, and a warning that says why.
 
     Args:
         folder: Where files go.
@@ -33,6 +36,10 @@ class JudgeReport(Callback):
         seed: Of the subsets and of random ties.
         confidence: Coverage of intervals.
         plot: Draw the score against k, with matplotlib.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If a setting is out of range.
     """
 
     def __init__(
@@ -40,6 +47,10 @@ class JudgeReport(Callback):
     ) -> None:
         if draws < 0 or not 0 < confidence < 1:
             raise ValueError(f"draws must be >= 0 and confidence in (0, 1), got {draws} and {confidence}.")
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError(
+                "JudgeReport draws with matplotlib: pip install 'lightning-onpolicy[plot]', or set plot: false."
+            )
         self.folder, self.draws, self.seed, self.confidence, self.plot = folder, draws, seed, confidence, plot
         self._items: list[JudgedItem] = []
 
@@ -75,24 +86,27 @@ class JudgeReport(Callback):
         if not items:
             raise ValueError("no item was judged: nothing to report.")
         items.sort(key=lambda item: (item.benchmark, item.subset, item.uid))
+        if trainer.is_global_zero:  # first what cannot be made again
+            move_aside(Path(self.folder))
+            write_records(Path(self.folder) / RECORDS, items)
         rows = sweep(items, draws=self.draws, seed=self.seed, confidence=self.confidence)
         pl_module.log_dict(_summary(rows), rank_zero_only=True)
         if trainer.is_global_zero:
             self._write(trainer, items, rows)
 
     def _write(self, trainer: pl.Trainer, items: Sequence[JudgedItem], rows: Sequence[Row]) -> None:
-        folder = Path(self.folder)
-        move_aside(folder)
-        tables = []
+        folder, tables = Path(self.folder), []
         for benchmark in dict.fromkeys(row.benchmark for row in rows):
             own = [row for row in rows if row.benchmark == benchmark]
             tables += [benchmark_table(own, max(row.k for row in own)), grid_table(own)]
         for table in tables:
             print_table(trainer, table, least=width_of(table))
-        write_records(folder / RECORDS, items)
         write_sweep(folder / SWEEP, rows)
         (folder / TABLES).write_text(as_text(tables), encoding="utf-8")
-        if self.plot:
+        empty = unscored(items, rows)
+        for benchmark, why in empty.items():
+            rank_zero_warn(f"{benchmark} has no score, and no panel in a plot. {why}.")
+        if self.plot and {row.benchmark for row in rows} - empty.keys():
             draw_sweep(folder / PLOT, rows)
         print(f"judgements and tables written to {folder}")
 

@@ -75,8 +75,8 @@ class ReplayBuffer:
         return [_plain(held[i], "item") for i in chosen]
 
     def mix(self, fresh: Sequence[Item], number: int) -> list[dict[str, Any]]:
-        """As many items as came in, of which ``share`` are old (fewer while there are not enough); what is left of it by
-        rounding down is one item more, as often as that makes the share right on average.
+        """As many items as came in, of which ``share`` are old: rounded up as often as makes that right on average, and
+        fewer while there are not enough.
 
         Args:
             fresh: The batch; it is not changed.

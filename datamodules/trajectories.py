@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -54,6 +54,13 @@ class TrajectoryLoader(StreamLoader):
         place_B = place_B * self.stream.world_size + self.stream.rank
         counted_B = place_B < self.stream.source_size if self.once else torch.ones_like(place_B).bool()
         return rows.with_extra(counted=counted_B)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        """Batches until the epoch's end; where an epoch is one pass, each begins with the source's first row."""
+        goes_on = self._resumed and self._position < self.steps
+        if self.once and not goes_on:
+            self.stream.load_state_dict({**self.stream.state_dict(), "epoch": 0, "position": 0})
+        return super().__iter__()
 
 
 class TrajectoryDataModule(pl.LightningDataModule):

@@ -16,6 +16,8 @@ from lightning_onpolicy.datamodules.judging.prompts import unspelled
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.specs import ModelSpec
 
+PROMPT_END = 64  # characters of a rendered prompt that replies carry: room for what opens a thinking
+
 
 class EngineBackend(JudgeBackend):
     """A model in this process.
@@ -74,7 +76,8 @@ class EngineBackend(JudgeBackend):
             ValueError: If a prompt is too long for the model; the message has the numbers.
         """
         tokenizer = self.engine.policy.tokenizer
-        prompts = [self._ids(tokenizer, request.prompt) for request in requests]
+        rendered = [self._rendered(tokenizer, request.prompt) for request in requests]
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in rendered]
         self._require_room(max(map(len, prompts), default=0))
         answers: list[list[Reply | None]] = [[None] * request.n for request in requests]
         parts = [(i, first, size) for i, request in enumerate(requests) for first, size in _parts(request.n)]
@@ -91,7 +94,7 @@ class EngineBackend(JudgeBackend):
                 ids = [completion.ids.tolist() for completion in group]
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 answers[i][first : first + n] = [
-                    Reply(text, c.finish != "length", len(c.ids))
+                    Reply(text, c.finish != "length", len(c.ids), rendered[i][-PROMPT_END:])
                     for text, c in zip(texts, group, strict=True)
                 ]
         return answers
@@ -105,13 +108,13 @@ class EngineBackend(JudgeBackend):
                 "(group_size) or shorter ones, lower max_new_tokens, or take a judge of longer context."
             )
 
-    def _ids(self, tokenizer: Any, prompt: str) -> list[int]:
+    def _rendered(self, tokenizer: Any, prompt: str) -> str:
         chat = [{"role": "user", "content": unspelled(prompt, tokenizer.all_special_tokens)}]
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **self.chat_options
+        return str(
+            tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **self.chat_options
+            )
         )
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
 
     def describe(self) -> dict[str, Any]:
         """Model, sampling and template options; of a live policy its type, whose weights nobody can tell."""

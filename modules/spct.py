@@ -15,19 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_onpolicy.datamodules.batch import RolloutBatch, Sampling
 from lightning_onpolicy.datamodules.judging.backends import JUDGING, JudgeBackend
 from lightning_onpolicy.datamodules.judging.cases import EvalCase
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.judge import Judge
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
-from lightning_onpolicy.datamodules.judging.module import ItemBatch
+from lightning_onpolicy.datamodules.judging.module import ItemBatch, JudgingDataModule
 from lightning_onpolicy.datamodules.judging.orders import OrderKind
-from lightning_onpolicy.datamodules.judging.prompts import SINGLE, JudgeTemplate
+from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, single_beside
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample, judged, plain_sample
 from lightning_onpolicy.datamodules.judging.votes import meta_vote, vote
 from lightning_onpolicy.modules.engine_backend import EngineBackend
 from lightning_onpolicy.modules.grpo import ProRLGRPO
+from lightning_onpolicy.modules.judging.measures import foreseen, orders_for
 from lightning_onpolicy.modules.meta_scorer import MetaRewardScorer
 from lightning_onpolicy.modules.policy import Policy
 from lightning_onpolicy.modules.presets import PresetName
@@ -41,9 +44,12 @@ class JudgingSpec:
     Args:
         template: How an item becomes a prompt.
         single: The same for items of one response, which are right or not (ReaLMistake's); its scores are 0 and 1.
+            Null: as in training (``JudgeSource``), ``template`` if those are its scores, else the packaged one.
         k: Samples per item.
-        k_meta: Of these, the ones that the meta model prefers; null: all vote. ``test`` makes tables of all.
-        order: ``shuffled``, ``rotated`` or ``fixed``.
+        k_meta: Of these, the ones that the meta model prefers, and that vote; null: half of k, the paper's choice,
+            where there is a meta model. ``test`` makes tables of all.
+        order: ``shuffled``, ``rotated`` or ``fixed``. Where a benchmark's score needs both orders of each pair
+            (JudgeBench's), ``test`` takes rotations for shuffles.
         sampling: How the policy's tokens are drawn; a backend has its own.
         chat_options: More arguments for the policy's chat template.
         seed: Of orders and sampling.
@@ -54,7 +60,7 @@ class JudgingSpec:
     """
 
     template: JudgeTemplate = field(default_factory=JudgeTemplate)
-    single: JudgeTemplate = field(default_factory=lambda: JudgeTemplate(SINGLE, 0, 1))
+    single: JudgeTemplate | None = None
     k: int = 8
     k_meta: int | None = None
     order: OrderKind = "shuffled"
@@ -67,6 +73,16 @@ class JudgingSpec:
         if self.k < 1 or (self.k_meta is not None and not 1 <= self.k_meta <= self.k):
             raise ValueError(f"judging needs k >= 1 and k_meta in [1, k], got {self.k} and {self.k_meta}.")
 
+    @property
+    def for_one(self) -> JudgeTemplate:
+        """The template for items of one response."""
+        return single_beside(self.template, self.single)
+
+    @property
+    def preferred(self) -> int:
+        """How many samples vote where a meta model chooses them."""
+        return max(1, self.k // 2) if self.k_meta is None else self.k_meta
+
 
 class SPCTReward(ProRLGRPO):
     """Train a generative judge, or ask one.
@@ -75,7 +91,7 @@ class SPCTReward(ProRLGRPO):
         student: The judge: a path, a :class:`ModelSpec`, or a live :class:`Policy`.
         recipe: Name of the recipe that fills in what is not given (``modules/presets.py``).
         judging: How it is asked by ``predict`` and ``test``.
-        meta: What ``MetaRewardModel`` exported: scores its judgements. Null: no meta model.
+        meta: What ``MetaRewardModel`` exported: the ``judging.k_meta`` samples that it prefers vote. Null: all vote.
         reading: How the meta model reads judgements; as in its training.
         backend: Who is asked in the judge's place by ``predict`` and ``test``, e.g. a server.
         **settings: Further settings of :class:`ProRLGRPO`.
@@ -132,7 +148,7 @@ class SPCTReward(ProRLGRPO):
                 spec.seed,
                 spec.think_end,
                 scorer,
-                spec.single,
+                spec.for_one,
             )
         return self._judge
 
@@ -148,8 +164,11 @@ class SPCTReward(ProRLGRPO):
         ]
 
     def _row(self, item: JudgeItem, samples: Sequence[JudgeSample]) -> dict[str, Any]:
-        scores, k_meta = [s.scores for s in samples], self.judging.k_meta
-        verdict = vote(scores) if k_meta is None else meta_vote(scores, [s.meta for s in samples], k_meta)
+        scores = [s.scores for s in samples]
+        if self.meta is None:
+            verdict = vote(scores)
+        else:
+            verdict = meta_vote(scores, [s.meta for s in samples], self.judging.preferred)
         means = verdict.means
         best = None
         if means is not None and means.count(max(means)) == 1 and len(means) > 1:
@@ -164,6 +183,15 @@ class SPCTReward(ProRLGRPO):
             "samples": [plain_sample(sample) for sample in samples],
         }
 
+    def on_test_start(self) -> None:
+        """Say which benchmarks will have no score, before anything is sampled."""
+        super().on_test_start()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name in data.test if isinstance(data, JudgingDataModule) else ():
+            why = foreseen(name, self.judging.k, self.judging.order)
+            if why is not None:
+                rank_zero_warn(f"{name} will have no score: {why}.")
+
     def test_step(  # type: ignore[override]
         self, batch: RolloutBatch | ItemBatch[EvalCase], batch_idx: int
     ) -> dict[str, Any] | None:
@@ -171,7 +199,8 @@ class SPCTReward(ProRLGRPO):
         if isinstance(batch, RolloutBatch):
             super().test_step(batch, batch_idx)
             return None
-        samples = self.judge.judge([case.item for case in batch])
+        kinds = [orders_for(case.benchmark, self.judging.order) for case in batch]
+        samples = self.judge.judge([case.item for case in batch], kinds=kinds)
         found: list[JudgedItem] = [judged(case, said) for case, said in zip(batch, samples, strict=True)]
         return {"judged": found}
 

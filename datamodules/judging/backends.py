@@ -41,11 +41,13 @@ class Reply:
         text: Decoded, without special tokens.
         finished: Whether it ended by itself.
         tokens: Its length.
+        prompt_end: How the rendered prompt ended, where a thinking may have been opened (``<think>``); None: not known.
     """
 
     text: str
     finished: bool
     tokens: int
+    prompt_end: str | None = None
 
 
 @runtime_checkable
@@ -79,7 +81,7 @@ class CallableBackend(JudgeBackend):
     Example:
         >>> backend = CallableBackend(lambda prompt, seed: f"\\\\boxed{{{len(prompt)}}}")
         >>> backend.complete([JudgeRequest("four", 1, 0)])
-        [[Reply(text='\\\\boxed{4}', finished=True, tokens=0)]]
+        [[Reply(text='\\\\boxed{4}', finished=True, tokens=0, prompt_end=None)]]
     """
 
     remote = True

@@ -11,7 +11,7 @@ No data comes with the library. What each counts as right:
   ``sampled_conflict_pairs``, one right and one wrong. Files count equally.
 - ``rmb`` (Zhou-Zoey/RMB): pairs, and best-of-N whose best must beat every loser. Four cells (pairs or best-of-N,
   helpfulness or harmlessness) count equally; within one, items do.
-- ``judgebench`` (ScalerLab/JudgeBench): pairs, judged in both orders.
+- ``judgebench`` (ScalerLab/JudgeBench): pairs, judged in both orders, and so at least twice.
 - ``realmistake`` (ryokamoi/realmistake): single responses with or without an error; area under the ROC curve.
 """
 

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from lightning_onpolicy.datamodules.judging.backends import JudgeBackend, JudgeRequest, Reply
 from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.orders import OrderKind, orders, restored
-from lightning_onpolicy.datamodules.judging.parser import parse_scores
+from lightning_onpolicy.datamodules.judging.parser import opens_thinking, parse_scores
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate, best_hint, template_for
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 
@@ -62,7 +62,12 @@ class Judge:
         self.single = single or self.template
 
     def judge(
-        self, items: Sequence[JudgeItem], visit: int = 0, *, hinted: bool = False
+        self,
+        items: Sequence[JudgeItem],
+        visit: int = 0,
+        *,
+        hinted: bool = False,
+        kinds: Sequence[OrderKind] | None = None,
     ) -> list[tuple[JudgeSample, ...]]:
         """k samples of each item.
 
@@ -70,15 +75,16 @@ class Judge:
             items: What is judged; their names must differ where their content does.
             visit: Another number, other orders and samples.
             hinted: Tell the judge beforehand which response is the best; only to make text to learn from.
+            kinds: One per item, in place of ``order``; None: ``order`` for all.
 
         Raises:
-            ValueError: If the backend does not answer as often as it is asked.
+            ValueError: If the backend does not answer as often as it is asked, or ``kinds`` are not one per item.
         """
         requests: list[JudgeRequest] = []
         drawn: list[list[tuple[int, ...]]] = []
-        for item in items:
+        for item, kind in zip(items, [self.order] * len(items) if kinds is None else kinds, strict=True):
             key = (item.uid, self.seed, visit, hinted)
-            drawn.append(orders(len(item.responses), self.k, self.order, key))
+            drawn.append(orders(len(item.responses), self.k, kind, key))
             for order, count in Counter(drawn[-1]).items():
                 hint = best_hint(item, order) if hinted else None
                 prompt = self._template(len(order)).render(item, order, hint)
@@ -105,10 +111,16 @@ class Judge:
             return JudgeSample(order, "unanswered")
         low, high = self._template(len(order)).low, self._template(len(order)).high
         said = parse_scores(
-            reply.text, len(order), low, high, finished=reply.finished, think_end=self.think_end
+            reply.text,
+            len(order),
+            low,
+            high,
+            finished=reply.finished,
+            think_end=self.think_end,
+            opened=opens_thinking(reply.prompt_end, self.think_end),
         )
         scores = None if said.scores is None else tuple(restored(said.scores, order))
-        return JudgeSample(order, said.outcome, scores, None, reply.text)
+        return JudgeSample(order, said.outcome, scores, None, reply.text, reply.finished)
 
     def _template(self, n: int) -> JudgeTemplate:
         return template_for(n, self.template, self.single)

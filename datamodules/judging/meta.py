@@ -72,7 +72,7 @@ class MetaReading:
             # Scores are not asked for, and 0 to 1 suits items of any number of responses.
             "prompt": JudgeTemplate(self.template, 0, 1).render(item, sample.order),
             "reply": without_thinking(sample.text, self.think_end),
-            "ended": sample.outcome != "truncated",
+            "ended": sample.finished,
             "readable": sample.scores is not None,
             "right": right,
             "item": derive_seed("item", item.source, item.uid),

@@ -43,6 +43,7 @@ def parse_scores(
     *,
     finished: bool = True,
     think_end: str | None = "</think>",
+    opened: bool | None = False,
 ) -> Parsed:
     """The scores of n responses.
 
@@ -54,6 +55,8 @@ def parse_scores(
         finished: Whether the answer ended by itself; one that was cut before its scores is ``truncated``.
         think_end: What ends the thinking; boxes before its last occurrence do not count, nor any where the text starts
             with a thinking (``<think>`` for ``</think>``) that never ends. None: no thinking.
+        opened: Whether the prompt opened the thinking (:func:`opens_thinking`), so that the text begins inside it.
+            None: nobody knows; then a text that was cut and ends no thinking counts as one that was cut inside it.
 
     Raises:
         ValueError: If n or the range makes no sense.
@@ -63,10 +66,13 @@ def parse_scores(
         Parsed(outcome='ok', scores=(7, 9))
         >>> parse_scores("\\\\boxed{7, 11}", n=2).outcome, parse_scores("7, 9", n=2).outcome
         ('range', 'missing')
+        >>> parse_scores("Perhaps \\\\boxed{7, 9}? No,", n=2, finished=False, opened=True).outcome
+        'truncated'
     """
     if n < 1 or low > high:
         raise ValueError(f"parse_scores needs n >= 1 and low <= high, got n={n}, low={low}, high={high}.")
-    values = _last_box(without_thinking(text, think_end)[-MAX_TEXT:])
+    inside = not finished if opened is None else opened
+    values = _last_box(without_thinking(text, think_end, opened=inside)[-MAX_TEXT:])
     if values is None:
         return Parsed("missing" if finished else "truncated")
     if len(values) != n:
@@ -76,19 +82,52 @@ def parse_scores(
     return Parsed("ok", tuple(values))
 
 
-def without_thinking(text: str, think_end: str | None) -> str:
+def without_thinking(text: str, think_end: str | None, *, opened: bool = False) -> str:
     """What follows the last end of thinking; all of the text where there is none; nothing where it never ends.
+
+    Args:
+        text: The judge's answer.
+        think_end: What ends the thinking; None: there is none.
+        opened: Whether the text begins inside a thinking that the prompt opened.
 
     Example:
         >>> without_thinking("Hm. </think>Both are fine.", "</think>")
         'Both are fine.'
+        >>> without_thinking("Hm. Both are", "</think>"), without_thinking("Hm. Both are", "</think>", opened=True)
+        ('Hm. Both are', '')
     """
     if think_end is None:
         return text
     if think_end not in text:
-        start = think_end.replace("/", "", 1)
-        return "" if start != think_end and text.lstrip().startswith(start) else text
+        start = _start(think_end)
+        return "" if opened or (start is not None and text.lstrip().startswith(start)) else text
     return text[text.rindex(think_end) + len(think_end) :]
+
+
+def opens_thinking(prompt: str | None, think_end: str | None) -> bool | None:
+    """Whether a rendered prompt leaves the thinking open, as some chat templates do in the judge's name.
+
+    Args:
+        prompt: As the judge's model reads it, or its end; None: not known.
+        think_end: What ends the thinking; None: there is none.
+
+    Returns:
+        None where it cannot be known.
+
+    Example:
+        >>> [opens_thinking(f"user: 1+1=? {end}", "</think>") for end in ("judge:", "judge: <think>")]
+        [False, True]
+    """
+    if prompt is None:
+        return None
+    start = None if think_end is None else _start(think_end)
+    return start is not None and prompt.rstrip().endswith(start)
+
+
+def _start(think_end: str) -> str | None:
+    """What opens the thinking, where what ends it tells."""
+    start = think_end.replace("/", "", 1)
+    return None if start == think_end else start
 
 
 def _last_box(text: str) -> list[int] | None:

@@ -41,6 +41,6 @@ def is_right(scores: Sequence[int] | None, labels: Sequence[float]) -> bool:
     return all(scores[best] > score for i, score in enumerate(scores) if i != best)
 
 
-def judge_reward(scores: Sequence[int] | None, labels: Sequence[float]) -> float:
-    """+1 if the judgement is right, −1 if it is wrong or could not be read (arguments as in :func:`is_right`)."""
-    return 1.0 if is_right(scores, labels) else -1.0
+def judge_reward(scores: Sequence[int] | None, labels: Sequence[float], wrong: float = -1.0) -> float:
+    """+1 if the judgement is right, else ``wrong``, also if it could not be read (the rest as in :func:`is_right`)."""
+    return 1.0 if is_right(scores, labels) else wrong

@@ -3,9 +3,10 @@
 Legend: ``n`` responses, ``k`` samples. One line per item:
 
     {"uid", "benchmark", "subset", "section", "kind", "n", "correct", "prompt",
-     "samples": [{"order", "outcome", "scores", "meta", "text"}, …]}
+     "samples": [{"order", "outcome", "scores", "meta", "text", "finished"}, …]}
 
-``scores`` are in the item's own order, whatever order was presented.
+``scores`` are in the item's own order, whatever order was presented. A sample without ``finished`` counts as finished
+unless it is ``truncated``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class JudgeSample:
         scores: ``[n]`` in the item's own order; None unless ``ok``.
         meta: The meta model's score, or None.
         text: What the judge wrote.
+        finished: Whether it ended by itself. One that was cut after its scores is ``ok`` all the same, and nobody is to
+            learn from it where a judgement ends.
     """
 
     order: tuple[int, ...]
@@ -40,6 +43,7 @@ class JudgeSample:
     scores: tuple[int, ...] | None = None
     meta: float | None = None
     text: str = ""
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ def check_sample(sample: JudgeSample, n: int, what: str) -> None:
         what: What to call it.
 
     Raises:
-        ValueError: If the outcome is unknown, the order is none, or scores are missing, superfluous, of another number
-            or, of a single response, not 0 or 1.
+        ValueError: If the outcome is unknown, a truncated sample is finished, the order is none, or scores are missing,
+            superfluous, of another number or, of a single response, not 0 or 1.
     """
     if sample.outcome not in get_args(Outcome):
         raise ValueError(f"{what}: outcome must be one of {get_args(Outcome)}, got {sample.outcome!r}.")
+    if sample.outcome == "truncated" and sample.finished:
+        raise ValueError(f"{what}: outcome truncated, and yet finished.")
     if sorted(sample.order) != list(range(n)):
         raise ValueError(f"{what}: order {sample.order} is no order of {n} responses.")
     if (sample.scores is None) == (sample.outcome == "ok"):
@@ -184,7 +190,9 @@ def sample_of(row: Fields) -> JudgeSample:
     scores = _integers(row, "scores") if "scores" in row else None
     meta = float(row.get("meta", (int, float), "a number")) if "meta" in row else None
     outcome: Any = row.text("outcome")  # checked by the item
-    return JudgeSample(_integers(row, "order"), outcome, scores, meta, row.text("text"))
+    known = "finished" in row
+    finished = row.get("finished", bool, "true or false") if known else outcome != "truncated"
+    return JudgeSample(_integers(row, "order"), outcome, scores, meta, row.text("text"), finished)
 
 
 def _integers(row: Fields, key: str) -> tuple[int, ...]:

@@ -83,13 +83,17 @@ def counted(group: Sequence[Trajectory]) -> Counts:
 
 
 def tuning_row(trajectory: Trajectory, template: JudgeTemplate, uid: str) -> dict[str, Any]:
-    """A kept judgement as a row to train on: the prompt without a hint, whatever the judge had been told."""
+    """A kept judgement as a row to train on: the prompt without a hint, whatever the judge had been told.
+
+    Where the text was cut after its scores, ``finish_reasons`` says so, and no EOS is learned there.
+    """
     return {
         "uid": uid,
         "source": trajectory.item.source,
         "prompt": template.render(trajectory.item, trajectory.sample.order),
         "response": trajectory.sample.text,
         "hinted": trajectory.hinted,
+        **({} if trajectory.sample.finished else {"finish_reasons": ["length"]}),
     }
 
 
@@ -112,6 +116,7 @@ def trajectory_row(item: JudgeItem, sample: JudgeSample, right: bool, hinted: bo
         "reference": item.reference,
         "order": list(sample.order),
         "text": sample.text,
+        "finished": sample.finished,
         "outcome": sample.outcome,
         "scores": sample.scores and list(sample.scores),
         "right": right,

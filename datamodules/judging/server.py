@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class ServerBackend(JudgeBackend):
         api_key_env: Environment variable that holds the key.
         special_tokens: Special tokens of the judge's tokenizer, besides the common ones (``<|…|>``, ``<end_of_turn>``,
             ``</s>``, ``[INST]``): in prompts they are spelt with a space, so that no response ends the user's turn.
+        prompt_end: How the model's chat template ends a prompt, as far as thinking goes: ``<think>`` where it opens the
+            thinking itself (R1-distill, Qwen3-Thinking), so that an answer without ``</think>`` has no scores; an empty
+            text where it does not, or the server sends the thinking apart. Null: not known; of the answers without
+            ``</think>`` then only those that were cut have no scores.
         extra: More keys of the request's body, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``; null leaves a
             key out: ``{max_tokens: null, max_completion_tokens: 4096}``.
 
@@ -78,6 +82,7 @@ class ServerBackend(JudgeBackend):
         api_key_env: str = "OPENAI_API_KEY",
         extra: dict[str, Any] | None = None,
         special_tokens: Sequence[str] = (),
+        prompt_end: str | None = None,
     ) -> None:
         limits = {"concurrency": concurrency, "timeout_s": timeout_s, "deadline_s": deadline_s}
         for key, value in limits.items():
@@ -95,6 +100,7 @@ class ServerBackend(JudgeBackend):
         self.base_url, self.model, self.sampling = base_url.rstrip("/"), model, sampling or JUDGING
         self.concurrency, self.timeout_s, self.deadline_s = concurrency, timeout_s, deadline_s
         self.retries, self.extra, self.special_tokens = retries, extra or {}, tuple(special_tokens)
+        self.prompt_end = prompt_end
         self._key = read_key(api_key_env, base_url)
         self._cache = None if cache is None else ReplyCache(Path(cache))
         self.faults: Counter[str] = Counter()
@@ -130,7 +136,9 @@ class ServerBackend(JudgeBackend):
                 "further ones of this kind are not mentioned.",
                 stacklevel=2,
             )
-        return [[found.get(key) for key in row] for row in keys]
+        # Put on here: what is cached is what the server said, whatever is known of its template.
+        said = {key: replace(reply, prompt_end=self.prompt_end) for key, reply in found.items()}
+        return [[said.get(key) for key in row] for row in keys]
 
     async def _complete(self, open_: Mapping[str, tuple[JudgeRequest, int]], found: dict[str, Reply]) -> None:
         """Ask for what is open; what could be had is in ``found``."""
@@ -219,12 +227,13 @@ class ServerBackend(JudgeBackend):
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Address, model, sampling and further keys."""
+        """Address, model, sampling and further keys; how prompts end, where that is known."""
         return {
             "base_url": self.base_url,
             "model": self.model,
             "sampling": asdict(self.sampling),
             "extra": self.extra,
+            **({} if self.prompt_end is None else {"prompt_end": self.prompt_end}),
         }
 
     def close(self) -> None:

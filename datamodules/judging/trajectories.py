@@ -2,11 +2,12 @@
 
 A trajectory is one judgement of one item. Files have one per line:
 
-    {"uid", "source", "messages", "responses", "labels", "reference", "order", "text", "outcome", "scores",
+    {"uid", "source", "messages", "responses", "labels", "reference", "order", "text", "finished", "outcome", "scores",
      "right", "hinted"}
 
 ``uid`` is the item's and unique within ``source``; slot i showed response ``order[i]``; ``scores`` are in the item's
-own order. Wrong trajectories stay in, those that could not be read among them: without them there is nothing to learn.
+own order; ``finished`` is false where the text was cut (absent, where the outcome is ``truncated``). Wrong trajectories
+stay in, those that could not be read among them: without them there is nothing to learn.
 """
 
 from __future__ import annotations

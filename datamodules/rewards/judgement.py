@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_onpolicy.datamodules.judging.parser import Parsed, parse_scores
+from lightning_onpolicy.datamodules.judging.parser import Parsed, opens_thinking, parse_scores
 from lightning_onpolicy.datamodules.judging.predicate import judge_reward
 from lightning_onpolicy.datamodules.rewards.base import Reward
 
 if TYPE_CHECKING:
-    from lightning_onpolicy.datamodules.batch import Completion, Group
+    from lightning_onpolicy.datamodules.batch import Completion, Group, Prompt
 
 _KEYS = ("labels", "low", "high")
 
@@ -27,7 +27,13 @@ class JudgementReward(Reward):
     Rows come from ``JudgeSource``: ``labels`` in the order shown, ``low`` and ``high``.
 
     Args:
-        think_end: What ends the judge's thinking, which does not count; null, nothing does.
+        think_end: What ends the judge's thinking, which does not count; null, nothing does. Where a chat template opens
+            the thinking (``<think>``), an answer that never ends it has no scores.
+        wrong: What all others are worth: −1.0 to train with, as in the paper; in evaluation 0.0 makes the mean an
+            accuracy, the share of judgements that are right.
+
+    Raises:
+        ValueError: If ``wrong`` is not below 1, what a right one is worth.
 
     Example:
         >>> from lightning_onpolicy.datamodules.given import group_of
@@ -39,14 +45,16 @@ class JudgementReward(Reward):
 
     concurrent = True
 
-    def __init__(self, think_end: str | None = "</think>") -> None:
-        self.think_end = think_end
+    def __init__(self, think_end: str | None = "</think>", wrong: float = -1.0) -> None:
+        if not wrong < 1.0:
+            raise ValueError(f"wrong must be below 1, what a right judgement is worth, got {wrong}.")
+        self.think_end, self.wrong = think_end, wrong
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion; every completion has one."""
         return [
             [
-                judge_reward(read(g.prompt.row, c, self.think_end).scores, g.prompt.row["labels"])
+                judge_reward(read(g.prompt, c, self.think_end).scores, g.prompt.row["labels"], self.wrong)
                 for c in g.completions
             ]
             for g in groups
@@ -74,17 +82,22 @@ class ReadableReward(Reward):
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """One list per group, one score per completion; every completion has one."""
         return [
-            [float(read(g.prompt.row, c, self.think_end).outcome == "ok") for c in g.completions]
-            for g in groups
+            [float(read(g.prompt, c, self.think_end).outcome == "ok") for c in g.completions] for g in groups
         ]
 
 
-def read(row: Any, completion: Completion, think_end: str | None) -> Parsed:
+def read(prompt: Prompt, completion: Completion, think_end: str | None) -> Parsed:
     """What a judge's completion says of the responses of a ``JudgeSource`` row, in the order shown.
+
+    Args:
+        prompt: Of such a row.
+        completion: What the judge wrote.
+        think_end: What ends the thinking; None, nothing does.
 
     Raises:
         ValueError: If the row is none of a ``JudgeSource``; the message names the missing keys.
     """
+    row: Any = prompt.row
     missing = [key for key in _KEYS if key not in row]
     if missing:
         raise ValueError(f"row {row.get('uid')!r} lacks {missing}: its prompts must come from JudgeSource.")
@@ -95,4 +108,5 @@ def read(row: Any, completion: Completion, think_end: str | None) -> Parsed:
         row["high"],
         finished=completion.finish != "length",
         think_end=think_end,
+        opened=opens_thinking(prompt.text, think_end),
     )

@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 import torch
 
+from lightning_onpolicy.datamodules.judging.orders import OrderKind
 from lightning_onpolicy.datamodules.judging.records import JudgedItem
 from lightning_onpolicy.modules.judging.verdicts import POLICIES, UNREADABLE, Numbers
 from lightning_onpolicy.modules.statistics import Interval, t_interval, weighted_mean
@@ -24,6 +25,36 @@ EVERY = (*POLICIES, "both_orders", *UNREADABLE)  # defined for all items of a pa
 SOME = ("consistent",)  # over the items that have it
 # What a benchmark's own table reports; "ties" takes the place of it where a subset has several right answers.
 HEADLINE = {"rmb": "strict", "judgebench": "both_orders", "realmistake": "auc"}
+LACKS = {
+    "both_orders": "every pair must be judged in both orders: set judging.k to 2 or more, and judging.order to "
+    "shuffled or rotated",
+    "auc": "the area under the ROC curve needs right and wrong responses",
+    "ties": "every question needs both of its items, ref:… and tied:…; does data.limit cut one off?",
+}
+
+
+def orders_for(benchmark: str, kind: OrderKind) -> OrderKind:
+    """In which orders items are shown: in rotations for shuffles, where the benchmark's score needs both orders.
+
+    Shuffles of a pair show both orders with a chance of 1 − 2^(1−k) only, and one pair without would leave the whole
+    benchmark without its score. Every single order is as likely as before.
+
+    Example:
+        >>> [orders_for(benchmark, "shuffled") for benchmark in ("judgebench", "rewardbench")]
+        ['rotated', 'shuffled']
+    """
+    return "rotated" if kind == "shuffled" and HEADLINE.get(benchmark) == "both_orders" else kind
+
+
+def foreseen(benchmark: str, k: int, kind: OrderKind) -> str | None:
+    """Why a benchmark will have no score with k samples in such orders, so far as it is known before they are drawn."""
+    needs_both = HEADLINE.get(benchmark) == "both_orders"
+    return LACKS["both_orders"] if needs_both and (k < 2 or kind == "fixed") else None
+
+
+def headline_of(items: Sequence[JudgedItem]) -> str:
+    """The measure that is the score of a part of a benchmark."""
+    return "ties" if items[0].kind == "ties" else HEADLINE.get(items[0].benchmark, "fractional")
 
 
 def measures(
@@ -41,7 +72,7 @@ def measures(
         confidence: Coverage.
 
     Returns:
-        Intervals by name; ``score`` is the one that the benchmark itself reports.
+        Intervals by name; ``score`` is the one that the benchmark itself reports, if it is defined (:data:`LACKS`).
     """
     prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(item.prompt for item in items))}
     key = torch.tensor([prompts[item.prompt] for item in items])
@@ -57,9 +88,9 @@ def measures(
             found[name] = weighted_mean((value_I * weight_I)[has], weight_I[has], key[has], confidence)
     if items[0].kind == "single" and len({len(item.correct) for item in items}) == 2:
         found["auc"] = roc_auc(items, draws, confidence)
-    if items[0].kind == "ties":
+    if items[0].kind == "ties" and not incomplete(items):
         found["ties"] = ties_score(items, draws, confidence)
-    headline = "ties" if items[0].kind == "ties" else HEADLINE.get(items[0].benchmark, "fractional")
+    headline = headline_of(items)
     return found | ({"score": found[headline]} if headline in found else {})
 
 
@@ -110,16 +141,24 @@ def ties_score(
     Raises:
         ValueError: If a question lacks one of its items.
     """
+    for name in incomplete(items):
+        raise ValueError(f"the Ties subset needs ref:{name} and tied:{name}, and one of them is missing.")
     place = {item.uid: i for i, item in enumerate(items)}
-    names = list(dict.fromkeys(item.uid.partition(":")[2] for item in items))
-    for name in names:
-        if f"ref:{name}" not in place or f"tied:{name}" not in place:
-            raise ValueError(f"the Ties subset needs ref:{name} and tied:{name}, and one of them is missing.")
     worth = [
         sum(_question(x[place[f"ref:{name}"]], x[place[f"tied:{name}"]]) for x in draws) / len(draws)
-        for name in names
+        for name in _questions(items)
     ]
     return t_interval(torch.tensor(worth, dtype=torch.float64), confidence)
+
+
+def incomplete(items: Sequence[JudgedItem]) -> list[str]:
+    """Questions of the Ties subset that lack one of their two items."""
+    known = {item.uid for item in items}
+    return [name for name in _questions(items) if not {f"ref:{name}", f"tied:{name}"} <= known]
+
+
+def _questions(items: Sequence[JudgedItem]) -> list[str]:
+    return list(dict.fromkeys(item.uid.partition(":")[2] for item in items))
 
 
 def _question(ref: Numbers, tied: Numbers) -> float:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lightning_onpolicy.datamodules.judging.formats import REWARDBENCH_WEIGHTS
 from lightning_onpolicy.datamodules.judging.records import JudgedItem, JudgeSample
-from lightning_onpolicy.modules.judging.measures import Measures, combined, measures
+from lightning_onpolicy.modules.judging.measures import LACKS, Measures, combined, headline_of, measures
 from lightning_onpolicy.modules.judging.verdicts import Numbers, chance, item_numbers
 from lightning_onpolicy.modules.statistics import powers_of_two
 
@@ -95,6 +95,23 @@ def sweep(
                 ]
                 rows.extend(_table(benchmark, part, numbers, k, k_meta, confidence))
     return rows
+
+
+def unscored(items: Sequence[JudgedItem], rows: Sequence[Row]) -> dict[str, str]:
+    """Benchmarks without a score at any k, and why.
+
+    Args:
+        items: What was swept.
+        rows: Of :func:`sweep`.
+    """
+    scored = {row.benchmark for row in rows if row.level == "overall" and "score" in row.measures}
+    found = {}
+    for name in dict.fromkeys(row.benchmark for row in rows if row.benchmark not in scored):
+        sections = [row for row in rows if (row.benchmark, row.level) == (name, "section")]
+        empty = list(dict.fromkeys(row.name for row in sections if "score" not in row.measures))
+        some = [x for x in items if (x.benchmark, x.section) == (name, empty[0])]
+        found[name] = f"{', '.join(empty)}: {LACKS[headline_of(some)]}"
+    return found
 
 
 def _same_number(items: Sequence[JudgedItem]) -> int:

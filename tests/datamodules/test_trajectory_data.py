@@ -109,6 +109,23 @@ def test_every_held_out_judgement_counts_once_in_every_pass(world: int, tmp_path
         assert sorted(uid for loader in loaders for uid in uids(loader)) == expected
 
 
+def test_a_validation_that_is_cut_short_scores_the_same_judgements_every_time(tmp_path: Path) -> None:
+    """Catches: under ``limit_val_batches`` another part of the held-out judgements in every pass."""
+    data = module(write(tmp_path / "t.jsonl", lines(30, 4)))
+    loader: Any = data.val_dataloader()
+    assert len(loader) > 4
+    passes = [uids(itertools.islice(loader, 3)) for _ in range(3)]
+    assert passes[0] == passes[1] == passes[2] and len(passes[0]) == 12
+    assert passes[0] == [f"{t.item.uid}/{i}" for i, t in enumerate(data.sides["val"][:12])]
+    batches = iter(loader)
+    first = uids([next(batches)])
+    other: Any = data.val_dataloader()
+    other.load_state_dict(loader.state_dict())  # one that goes on in the middle of a pass does so
+    every = uids(loader)
+    assert first + uids(other)[: len(every) - len(first)] == every
+    assert uids(other) == every
+
+
 def test_training_epochs_are_permutations_that_differ(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", lines(30, 2))
     data = module(path)

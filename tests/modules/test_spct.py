@@ -5,7 +5,12 @@ Legend: ``k`` samples, ``n`` responses.
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
+import itertools
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +19,19 @@ import lightning.pytorch as pl
 import pytest
 import ranks_spct
 import torch
+import yaml
 from judged import GOOD, write_benchmark
 from launching import on_two_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_onpolicy._configs import config_root, list_configs
 from lightning_onpolicy.callbacks.completions import CompletionWriter
 from lightning_onpolicy.callbacks.judge_report import JudgeReport
 from lightning_onpolicy.cli import main
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.judging.backends import CallableBackend
 from lightning_onpolicy.datamodules.judging.formats import FORMATS
+from lightning_onpolicy.datamodules.judging.items import JudgeItem
 from lightning_onpolicy.datamodules.judging.meta import MetaReading
 from lightning_onpolicy.datamodules.judging.module import JudgingDataModule
 from lightning_onpolicy.datamodules.judging.prompts import JudgeTemplate
@@ -39,6 +47,10 @@ from lightning_onpolicy.modules.spct import JudgingSpec, SPCTReward
 
 BACKEND = '{"class_path": "CallableBackend", "init_args": {"function": "judges.by_content"}}'
 STUDENT = {"path": "onpolicy://quickstart/models/student", "dtype": "float32"}
+
+
+def config_text(name: str) -> str:
+    return (config_root() / f"{name}.yaml").read_text()
 
 
 def trainer(folder: Path, **settings: Any) -> pl.Trainer:
@@ -122,6 +134,19 @@ def test_what_cannot_be_read_costs_one_in_training(file: Path, short: JudgeTempl
     assert all(bool(p.isfinite().all()) for p in module.policy.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name in list_configs() if "JudgementReward" in config_text(name)])
+def test_configurations_validate_judges_by_their_accuracy_and_train_them_on_plus_and_minus_one(
+    name: str,
+) -> None:
+    """Catches: ``val/accuracy`` that is twice the accuracy less one, because training's reward measures it."""
+    data = yaml.safe_load(config_text(name))["data"]["init_args"]
+    measured = data.get("eval_rewards") or data["rewards"]
+    assert measured["right"]["init_args"] == {"wrong": 0.0}
+    assert sum(data.get("reward_weights", {}).get(key, 1.0) for key in measured) == 1.0
+    if "eval_rewards" in data:
+        assert data["rewards"]["right"] == {"class_path": "JudgementReward"}
+
+
 # -- scoring and evaluation ------------------------------------------------------------------------------------
 
 
@@ -193,6 +218,89 @@ def test_every_benchmarks_format_goes_through_one_evaluation(tmp_path: Path) -> 
     )
 
 
+def evaluated(folder: Path, *, limit: int | None = None, k: int = 8, **files: str) -> dict[str, float]:
+    """What ``test`` logs, with a plot, of a judge that knows the best of several, and calls a single one right."""
+
+    def judge(prompt: str, seed: int) -> str:
+        texts = judges.shown(prompt)
+        scores = ["9" if text.startswith(GOOD) else "2" for text in texts] if len(texts) > 1 else ["1"]
+        return f"\\boxed{{{', '.join(scores)}}}"
+
+    module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=JudgingSpec(k=k))  # type: ignore[arg-type]
+    run = trainer(folder, callbacks=[JudgeReport(str(folder / "report"))])
+    [metrics] = run.test(module, JudgingDataModule(test=files, limit=limit), verbose=False)
+    return dict(metrics)
+
+
+def test_judgebench_has_its_score_also_in_shuffled_orders(tmp_path: Path) -> None:
+    """Catches: pairs that chance shows in one order only, so that the benchmark has no score and its plot fails."""
+    path = str(write_benchmark(tmp_path / "data", "judgebench", 30))
+    assert JudgingSpec().order == "shuffled"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no score")
+        metrics = evaluated(tmp_path, judgebench=path, items=str(labelled(tmp_path, 0.0, 1.0)))
+    assert {f"test/judgebench/vote@{k}": 1.0 for k in (2, 4, 8)}.items() <= metrics.items()
+    assert "test/judgebench/vote@1" not in metrics
+    records = read_records(tmp_path / "report" / "records.jsonl")
+    first = [r.samples[0].order for r in records if r.benchmark == "judgebench"]
+    assert 40 <= first.count((0, 1)) <= 80, "which order comes first is a coin's"
+    for record in records:
+        alternates = all(a.order != b.order for a, b in itertools.pairwise(record.samples))
+        assert alternates or record.benchmark != "judgebench"
+        assert not alternates or record.benchmark != "items"  # others are shuffled as before
+
+
+def test_one_sample_of_judgebench_is_said_to_be_too_few_before_anything_is_sampled(tmp_path: Path) -> None:
+    path = str(write_benchmark(tmp_path / "data", "judgebench", 2))
+    asked: list[str] = []
+
+    def judge(prompt: str, seed: int) -> str:
+        asked.append(prompt)
+        return judges.by_content(prompt, seed)
+
+    for spec in (JudgingSpec(k=1), JudgingSpec(k=4, order="fixed")):
+        module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=spec)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="judgebench will have no score")
+            with pytest.raises(UserWarning, match=r"set judging\.k to 2 or more"):
+                trainer(tmp_path).test(module, JudgingDataModule(test={"judgebench": path}), verbose=False)
+    assert not asked
+
+
+def labelled(folder: Path, *labels: float) -> Path:
+    """A file of single pairs or, of one label, single responses."""
+    path = folder / "labelled.jsonl"
+    row = {"prompt": "?", "responses": ["bad", "good"][-len(labels) :], "labels": labels}
+    path.write_text("".join(json.dumps({**row, "uid": f"u{i}"}) + "\n" for i in range(3)))
+    return path
+
+
+def test_a_score_that_does_not_exist_costs_no_evaluation(tmp_path: Path) -> None:
+    """Catches: an error after all is sampled, for want of something to draw, and with it the loss of what was said."""
+    one = tmp_path / "one.jsonl"
+    write_benchmark(tmp_path / "data", "realmistake", 2)
+    lines = (tmp_path / "data" / "math" / "x.jsonl").read_text().splitlines()
+    one.write_text("\n".join(line for line in lines if '"no_error"' in line))
+    ties = write_benchmark(tmp_path / "ties", "rewardbench2", 2)
+    only = [line for line in (ties / "test.jsonl").read_text().splitlines() if '"Ties"' in line]
+    (ties / "test.jsonl").write_text("\n".join(only))
+    pairs = str(write_benchmark(tmp_path / "pairs", "judgebench", 2))
+    for name, files, limit, k, why in (
+        ("realmistake", {"realmistake": str(one)}, None, 2, "needs right and wrong responses"),
+        ("rewardbench2", {"rewardbench2": str(ties)}, 3, 2, "Ties: every question needs both of its items"),
+        ("judgebench", {"judgebench": pairs}, None, 1, "must be judged in both orders"),
+    ):
+        folder = tmp_path / name
+        with pytest.warns(UserWarning, match=f"{name} has no score.*{why}"):
+            assert evaluated(folder, limit=limit, k=k, **files) == {}
+        written = {path.name for path in (folder / "report").iterdir()}
+        assert written == {"records.jsonl", "tables.txt", "sweep.csv"}
+    with pytest.warns(UserWarning, match="realmistake has no score"):
+        metrics = evaluated(tmp_path / "both", realmistake=str(one), judgebench=pairs)
+    assert metrics["test/judgebench/vote@8"] == 1.0
+    assert (tmp_path / "both" / "report" / "accuracy.png").exists()
+
+
 def test_the_policy_itself_judges_where_no_backend_is_named(
     file: Path, short: JudgeTemplate, tmp_path: Path
 ) -> None:
@@ -204,6 +312,54 @@ def test_the_policy_itself_judges_where_no_backend_is_named(
     assert len(rows) == 3 and any(s["text"] for row in rows for s in row["samples"])
     again = [row for batch in trainer(tmp_path).predict(module, data) or [] for row in batch]
     assert again == rows
+
+
+def test_single_responses_are_asked_about_with_the_template_of_their_training(tmp_path: Path) -> None:
+    """Catches: ``test`` and ``predict`` that ask with the packaged template what was trained with one's own."""
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("Right? {{ responses[0] }}")
+    row = {"uid": "a", "prompt": "1+1=", "responses": ["2"], "labels": [1]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    for spec in (
+        {"template": JudgeTemplate(str(mine), 0, 1)},
+        {"single": JudgeTemplate(str(mine), 0, 1)},
+        {},
+    ):
+        trained = JudgeSource(tmp_path / "one.jsonl", **spec)[0]["prompt"]  # type: ignore[arg-type]
+        asked: list[str] = []
+
+        def judge(prompt: str, seed: int, asked: list[str] = asked) -> str:
+            asked.append(prompt)
+            return "\\boxed{1}"
+
+        module = SPCTReward(STUDENT, backend=CallableBackend(judge), judging=JudgingSpec(k=1, **spec))  # type: ignore[arg-type]
+        items = str(tmp_path / "one.jsonl")
+        data = JudgingDataModule(predict=items, test={"items": items})
+        trainer(tmp_path).predict(module, data)
+        trainer(tmp_path).test(module, data, verbose=False)
+        assert asked == [trained] * 2 and ("Right?" in trained) == bool(spec)
+
+
+def test_a_meta_model_chooses_who_votes_also_where_its_number_is_not_given(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a meta model that is loaded, scores every judgement, and has no effect on any."""
+
+    class Meta:
+        def __init__(self, model: object, reading: object, device: str) -> None:
+            pass
+
+        def score(self, items: Sequence[JudgeItem], samples: Sequence[JudgeSample]) -> list[float | None]:
+            return [float(s.scores[0]) for s in samples if s.scores is not None]
+
+    monkeypatch.setattr("lightning_onpolicy.modules.spct.MetaRewardScorer", Meta)
+    for k, k_meta, kept in ((9, None, 4), (1, None, 1), (9, 9, 9), (9, 2, 2)):
+        backend = CallableBackend(judges.noisy(0.75))
+        module = SPCTReward(STUDENT, backend=backend, meta="a", judging=JudgingSpec(k=k, k_meta=k_meta))  # type: ignore[arg-type]
+        [rows] = trainer(tmp_path).predict(module, JudgingDataModule(predict=str(file), limit=3)) or []
+        for row in rows:
+            best = sorted(range(k), key=lambda i: (-row["samples"][i]["meta"], i))[:kept]
+            assert row["voted"] == sorted(best), (k, k_meta)
 
 
 def test_a_number_of_kept_samples_needs_a_meta_model() -> None:
@@ -231,6 +387,33 @@ def test_scores_of_files_are_strict_json_whatever_the_meta_model_and_the_judge_s
     writer.write_on_batch_end(run, scripted(), [row], None, None, 0, 0)
     writer.on_predict_end(run, scripted())
     assert json.loads((tmp_path / "out.jsonl").read_text())["samples"][0]["text"] == "\ud800"
+
+
+def test_a_tables_dates_come_back_as_text(tmp_path: Path) -> None:
+    """Catches: a file that is judged and then cannot be written, because JSON has no dates."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = datetime.datetime(2026, 8, 21, 12, 30)
+    rows = [{"prompt": "?", "responses": ["a", "bb"], "when": when, "day": when.date()}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    out = tmp_path / "out.jsonl"
+    run = trainer(tmp_path, callbacks=[CompletionWriter(str(out))])
+    module = SPCTReward(STUDENT, backend=CallableBackend(judges.by_content))  # type: ignore[arg-type]
+    run.predict(module, JudgingDataModule(predict=str(tmp_path / "in.parquet")))
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (row["when"], row["day"], row["best"]) == ("2026-08-21 12:30:00", "2026-08-21", 1)
+
+
+def test_without_matplotlib_a_report_says_so_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: an ImportError when all is judged."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.raises(ImportError, match=r"lightning-onpolicy\[plot\]'?, or set plot: false"):
+        JudgeReport(str(tmp_path))
+    assert JudgeReport(str(tmp_path), plot=False).plot is False
 
 
 def test_a_report_without_a_judge_says_what_goes_with_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_onpolicy.datamodules.judging.parser import Outcome, parse_scores
+from lightning_onpolicy.datamodules.judging.parser import Outcome, opens_thinking, parse_scores
 
 BOX = "\\boxed{%s}"
 
@@ -84,6 +84,49 @@ def test_a_thinking_that_never_ends_has_no_scores(finished: bool, outcome: Outco
     assert parse_scores(thinking, 2, finished=finished, think_end=None).scores == (9, 1)
     quoted = "Answer 1 begins with <think>. " + BOX % "2, 5"
     assert parse_scores(quoted, 2, finished=finished).scores == (2, 5)
+
+
+@pytest.mark.parametrize(("finished", "outcome"), [(True, "missing"), (False, "truncated")])
+def test_a_thinking_that_the_prompt_opened_has_no_scores_until_it_ends(
+    finished: bool, outcome: Outcome
+) -> None:
+    """Catches: a box of the thinking that is read because the opening tag stands in the prompt, not in the text."""
+    thinking = "Perhaps " + BOX % "9, 1" + "? Let me see"
+    assert parse_scores(thinking, 2, finished=finished, opened=True).outcome == outcome
+    own = parse_scores("<think>" + thinking, 2, finished=finished)
+    assert parse_scores(thinking, 2, finished=finished, opened=True) == own
+    ended = thinking + "</think> " + BOX % "2, 5"
+    assert parse_scores(ended, 2, finished=finished, opened=True).scores == (2, 5)
+    assert parse_scores(thinking + "</think> None.", 2, opened=True).outcome == "missing"
+    assert parse_scores(thinking, 2, finished=finished, opened=False).scores == (9, 1)
+    assert parse_scores(thinking, 2, finished=finished, think_end=None, opened=True).scores == (9, 1)
+
+
+def test_where_nobody_knows_the_prompt_a_cut_text_counts_only_after_a_thinking() -> None:
+    """Catches: a server's judge, cut in mid-thought, whose box there is read."""
+    said = "Perhaps " + BOX % "9, 1" + "? Let me"
+    assert parse_scores(said, 2, finished=False, opened=None).outcome == "truncated"
+    assert parse_scores(said, 2, finished=True, opened=None).scores == (9, 1)
+    assert parse_scores("Hm.</think>" + said, 2, finished=False, opened=None).scores == (9, 1)
+    assert parse_scores(said, 2, finished=False, opened=None, think_end=None).scores == (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "think_end", "opened"),
+    [
+        ("<|Assistant|><think>\n", "</think>", True),  # R1-distill, Qwen3-Thinking
+        ("assistant\n<think>\n\n</think>\n\n", "</think>", False),  # Qwen3 told not to think
+        ("Answer 1 begins with <think>.\nassistant\n", "</think>", False),
+        ("<reason>", "</reason>", True),
+        ("<think>", None, False),
+        ("done", "done", False),  # what ends it does not tell what opens it
+        (None, "</think>", None),
+    ],
+)
+def test_whether_a_prompt_opens_the_thinking(
+    prompt: str | None, think_end: str | None, opened: bool | None
+) -> None:
+    assert opens_thinking(prompt, think_end) is opened
 
 
 def test_a_box_inside_a_quoted_response_is_not_the_judges() -> None:

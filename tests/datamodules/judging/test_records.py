@@ -19,7 +19,7 @@ from lightning_onpolicy.datamodules.judging.records import (
 
 SAMPLES = (
     JudgeSample((0, 1), "ok", (7, 9), 0.25, "so \\boxed{7, 9}\n\u2028\ud800"),
-    JudgeSample((1, 0), "missing", None, None, ""),
+    JudgeSample((1, 0), "missing", None, None, "", finished=False),
 )
 ITEM = JudgedItem("a/1", "rmb", "Chat", "Pairs", "pick", 2, (1,), "p", SAMPLES)
 
@@ -39,7 +39,20 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         "scores": None,
         "meta": None,
         "text": "",
+        "finished": False,
     }
+
+
+def test_samples_that_do_not_say_whether_they_ended_are_read(tmp_path: Path) -> None:
+    """Catches: files of an earlier version that are refused."""
+    path = tmp_path / "r.jsonl"
+    cut = JudgeSample((1, 0), "truncated", finished=False)
+    write_records(path, [dataclasses.replace(ITEM, samples=(*SAMPLES, cut))])
+    row = json.loads(path.read_text())
+    for sample in row["samples"]:
+        del sample["finished"]
+    path.write_text(json.dumps(row))
+    assert [sample.finished for sample in read_records(path)[0].samples] == [True, True, False]
 
 
 def test_no_meta_score_and_nan_are_the_same(tmp_path: Path) -> None:
@@ -51,6 +64,8 @@ def test_no_meta_score_and_nan_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sample", "message"),
     [
+        ({}, {"outcome": "truncated", "scores": None, "finished": True}, r"truncated, and yet finished"),
+        ({}, {"finished": 1}, r"key 'finished' must be true or false"),
         ({"kind": "pair"}, {}, r"line 2: item 'b': kind must be one of"),
         ({"correct": [2]}, {}, r"line 2: item 'b': correct is \(2,\) for 2 responses"),
         ({"correct": []}, {}, r"correct is \(\)"),

@@ -6,21 +6,26 @@ import dataclasses
 import fcntl
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import judges
 import pytest
+import toys
 
 from lightning_onpolicy.datamodules.assets import resolve_asset
-from lightning_onpolicy.datamodules.judging.backends import CallableBackend
+from lightning_onpolicy.datamodules.given import given_group
+from lightning_onpolicy.datamodules.judging.backends import CallableBackend, JudgeRequest, Reply
+from lightning_onpolicy.datamodules.judging.meta import MetaReading, TrajectorySource
 from lightning_onpolicy.datamodules.judging.predicate import is_right
 from lightning_onpolicy.datamodules.judging.prompts import GROUP, JudgeTemplate
 from lightning_onpolicy.datamodules.judging.records import JudgeSample
 from lightning_onpolicy.datamodules.judging.reject import RejectSettings, main, reject
 from lightning_onpolicy.datamodules.judging.rejection import Counts, counted, is_easy, item_row, kept
 from lightning_onpolicy.datamodules.judging.source import read_items
-from lightning_onpolicy.datamodules.judging.trajectories import Trajectory
+from lightning_onpolicy.datamodules.judging.trajectories import Trajectory, read_trajectories
+from lightning_onpolicy.datamodules.prompts import PromptStream
 
 RIGHT, WRONG = (3, 2, 1), (1, 2, 3)
 
@@ -125,6 +130,38 @@ def test_a_run_that_was_killed_anywhere_goes_on_to_the_same_files(file: Path, tm
     judge.__module__, judge.__qualname__ = judges.noisy.__module__, "noisy.<locals>.judge"
     reject(settings(file, backend=CallableBackend(judge)), io.StringIO())
     assert asked == []  # all is there: nobody is asked again
+
+
+def test_a_judgement_that_was_cut_after_its_scores_is_kept_and_not_taught_to_end(file: Path) -> None:
+    """Catches: an EOS where the judge had not ended, in what the judge and its meta model learn from."""
+
+    class Cut(CallableBackend):
+        def complete(self, requests: Sequence[JudgeRequest]) -> list[list[Reply | None]]:
+            told = super().complete(requests)
+            return [
+                [r and dataclasses.replace(r, finished=len(r.text) % 2 > 0, prompt_end="") for r in g]
+                for g in told
+            ]
+
+    def judge(prompt: str, seed: int) -> str:
+        return judges.noisy(0.6)(prompt, seed) + "." * (seed % 2)
+
+    counts = reject(settings(file, backend=Cut(judge)), io.StringIO())
+    assert counts.unreadable == 0 and counts.kept > 0
+    tokenizer = toys.tokenizer(template="{{ messages[0]['content'] }}")
+    every = read_trajectories([file.parent / "out" / "trajectories.jsonl"])
+    assert {t.sample.finished for t in every if t.right} == {True, False}
+    rows_of = TrajectorySource(every, MetaReading())
+    read = MetaReading().batch(PromptStream(rows_of, tokenizer, shuffle=False).take(len(every)), tokenizer)
+    assert read.finished.tolist() == [len(t.sample.text) % 2 > 0 for t in every]
+    tuning = rows(file.parent / "out", "tuning.jsonl")
+    stream = PromptStream(tuning, tokenizer, shuffle=False)
+    for row in tuning:
+        [completion] = given_group(next(stream), tokenizer, "response", None).completions
+        ended = len(row["response"]) % 2 > 0
+        assert completion.finish == ("eos" if ended else "length")
+        assert (int(completion.ids[-1]) == tokenizer.eos_token_id) == ended
+    assert {"finish_reasons" in row for row in tuning} == {True, False}
 
 
 def test_another_runs_folder_is_refused_with_the_setting_that_differs(file: Path) -> None:

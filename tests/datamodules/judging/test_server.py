@@ -109,6 +109,20 @@ def test_the_cache_asks_nothing_twice_and_knows_all_that_matters(tmp_path: Path)
         again.close()
 
 
+def test_how_prompts_end_goes_with_every_reply_also_from_the_cache(tmp_path: Path) -> None:
+    """Catches: a cache that keeps what an earlier run thought of the model's template."""
+    cache = str(tmp_path / "judge.sqlite")
+    with TeacherServer() as server:
+        for end in (None, "<think>", ""):
+            judge = backend(server, cache=cache, prompt_end=end)
+            assert [reply.prompt_end for group in judge.complete(REQUESTS) for reply in group if reply] == [
+                end
+            ] * 4
+            assert ("prompt_end" in judge.describe()) == (end is not None)
+            judge.close()
+        assert len(server.requests) == 4
+
+
 def test_an_event_loop_that_runs_already_is_no_hindrance() -> None:
     import asyncio
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def test_the_reward_does_not_depend_on_the_order_shown(file: Path) -> None:
     groups = [group_of(row, *texts, "no box") for row, *texts in zip(rows, right, best_last, strict=True)]
     assert JudgementReward().score(groups) == [[1.0, -1.0, -1.0]] * 30
     assert ReadableReward().score(groups) == [[1.0, 1.0, 0.0]] * 30
+    assert JudgementReward(wrong=0.0).score(groups) == [[1.0, 0.0, 0.0]] * 30
+    for wrong in (1.0, float("nan")):
+        with pytest.raises(ValueError, match="wrong must be below 1"):
+            JudgementReward(wrong=wrong)
 
 
 def test_scores_in_the_thinking_do_not_count() -> None:
@@ -99,6 +104,17 @@ def test_scores_in_the_thinking_do_not_count() -> None:
     texts = ["\\boxed{1, 9}</think>\\boxed{9, 1}", "\\boxed{9, 1}</think>none"]
     assert JudgementReward().score([group_of(row, *texts)]) == [[1.0, -1.0]]
     assert JudgementReward(think_end=None).score([group_of(row, *texts)]) == [[1.0, 1.0]]
+
+
+def test_scores_in_a_thinking_that_the_chat_template_opened_do_not_count() -> None:
+    """Catches: +1 for a guess in mid-thought, cut or ended, where the template writes the opening tag."""
+    row = {"prompt": "?<assistant><think>\n", "labels": [1.0, 0.0], "low": 1, "high": 10}
+    group = group_of(row, "\\boxed{9, 1}? Wait", "\\boxed{1, 9}</think>\\boxed{9, 1}")
+    cut = dataclasses.replace(group.completions[0], finish="length")
+    group = dataclasses.replace(group, completions=(*group.completions, cut))
+    assert JudgementReward().score([group]) == [[-1.0, 1.0, -1.0]]
+    assert ReadableReward().score([group]) == [[0.0, 1.0, 0.0]]
+    assert JudgementReward(think_end=None).score([group]) == [[1.0, 1.0, 1.0]]
 
 
 def test_a_row_that_is_no_judges_is_named() -> None:

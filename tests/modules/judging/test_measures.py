@@ -116,6 +116,7 @@ def test_the_ties_score_by_hand() -> None:
     assert ties_score(items, [level, best]).mean == pytest.approx(0.505)
     with pytest.raises(ValueError, match="ref:0 and tied:0"):
         ties_score(items[1:], [best[1:]])
+    assert "score" not in measures(items[1:], [best[1:]], [1.0] * 5)  # a table has a dash, and no error
 
 
 def test_sections_combine_in_quadrature() -> None:
