@@ -11,14 +11,18 @@ from typing import Any
 import anchored
 import pytest
 import torch
+import toys
 from anchored import Anchored, Saving, Spy, Stream, everything
 from launching import on_two_ranks
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_onpolicy.callbacks.optimizers import forget, restore_lr, scale_lr
 from lightning_onpolicy.callbacks.resets import OptimizerReset, ReferenceReset
 from lightning_onpolicy.callbacks.triggers import Ceiling, EveryNSteps, Stall
 from lightning_onpolicy.callbacks.weights import check_copyable, copy_weights, put_weights, take_weights
+from lightning_onpolicy.modules.grpo import ProRLGRPO
+from lightning_onpolicy.modules.losses.settings import KLSpec
 
 EXAMPLE = Path(__file__).with_name("reset_example.py")
 RISING = [float(i) for i in range(40)]
@@ -398,6 +402,16 @@ def test_what_cannot_be_copied_is_refused_before_training(spoil: Any, message: s
     with pytest.raises((ValueError, TypeError, AttributeError), match=message):
         fit([ReferenceReset(EveryNSteps(100))], 1, module)
     assert module.kls == []
+
+
+def test_a_module_without_a_reference_is_refused_before_it_trains() -> None:
+    """Catches: `kl.coef: 0` in a recipe with resets, which ends at the first one, after days."""
+    module = ProRLGRPO(toys.policy(0), "prorl_v1", kl=KLSpec(0.0))
+    with pytest.raises(ValueError, match=r"keeps no reference \(kl.coef is 0\).*Set kl.coef > 0, or remove"):
+        anchored.trainer([ReferenceReset(EveryNSteps(100))]).fit(
+            module, DataLoader([toys.batch(0)], batch_size=None)
+        )
+    assert module.policy_version == 0
 
 
 def test_a_frozen_base_may_be_shared() -> None:

@@ -94,3 +94,14 @@ def test_tensors_are_refused_by_name() -> None:
 def test_settings_out_of_range_are_refused(key: str, bad: float) -> None:
     with pytest.raises(ValueError, match=f"replay.{key}"):
         ReplayBuffer(**{"capacity": 5, key: bad})  # type: ignore[arg-type]
+
+
+def test_a_share_of_a_small_batch_holds_on_average() -> None:
+    """Catches: one prompt per rank, of which half is none for ever."""
+    for size, share in ((1, 0.5), (2, 0.25), (3, 0.5)):
+        buffer = ReplayBuffer(capacity=50, share=share)
+        buffer.add(items(*range(50)))
+        fresh = items(*range(100, 100 + size))
+        old = [sum(item not in fresh for item in buffer.mix(fresh, number)) for number in range(600)]
+        assert max(old) - min(old) == 1
+        assert sum(old) / len(old) == pytest.approx(share * size, abs=0.1)

@@ -18,7 +18,7 @@ from lightning_onpolicy.datamodules.preferences import PreferenceLoader
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.modules import GADDiscriminator, ScalarModel, ScalarReward
 from lightning_onpolicy.modules.onpolicy import LoopSpec
-from lightning_onpolicy.modules.policy import Policy
+from lightning_onpolicy.modules.policy import Policy, recompute_activations
 from lightning_onpolicy.modules.specs import LoraSpec
 
 
@@ -100,6 +100,54 @@ def test_no_micro_batch_shows(budget: int) -> None:
     assert float((whole["model.head.weight"] - model().head.weight.detach()).abs().max()) > 1e-3
     for one, other in zip(seen, expected, strict=True):
         assert one == pytest.approx(other, rel=2e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gradient_penalty_does_not_see_checkpointing(lora: bool) -> None:
+    """Catches: a backward pass that computes attention again by another kernel."""
+    weights = []
+    for checkpointing in (False, True):
+        judge = model(lora)
+        if checkpointing:
+            recompute_activations(judge.body)
+        module = GADDiscriminator(judge, r1=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
+        fit(module, loader(2))
+        weights.append(module.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    """Catches: a dry run over a trained model, a folder of somebody's that loses its place, an error after hours."""
+    target = tmp_path / "judge"
+
+    def train(seed: int, **options: Any) -> None:
+        judge = model()
+        torch.nn.init.constant_(judge.head.weight, float(seed))
+        module = GADDiscriminator(judge, export=str(target), optimizer=lambda p: torch.optim.SGD(p, lr=1e-9))
+        quiet(max_epochs=1, **options).fit(module, loader(1))
+
+    for seed, options, expected in ((1, {}, 1.0), (2, {"fast_dev_run": 1}, 1.0), (3, {}, 3.0)):
+        train(seed, **options)
+        assert float(ScalarModel.from_pretrained(str(target)).head.weight[0, 0]) == pytest.approx(expected)
+    target = tmp_path / "papers"
+    target.mkdir()
+    (target / "notes.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="not an earlier export"):
+        train(4)
+    assert [p.name for p in target.iterdir()] == ["notes.txt"]
+
+
+def test_a_reward_asks_with_the_system_message_of_its_prompts() -> None:
+    """Catches: a model trained behind a system message that scores without one."""
+    judge = model().eval()
+    (prompt,) = PromptStream([{"prompt": "t3 t4"}], TOKENIZER, system="t9", shuffle=False).take(1)
+    group = replace(group_of({"prompt": "t3 t4"}, "t1 t2", "t5"), prompt=prompt)
+    plain = group_of({"prompt": "t3 t4"}, "t1 t2", "t5")
+    reward = ScalarReward(judge)
+    assert reward.score([group]) == ScalarReward(judge, system="t9").score([plain]) != reward.score([plain])
+    with pytest.raises(ValueError, match="parts of a chat"):
+        ScalarReward(judge, chat=False, system="t9")
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -271,6 +271,15 @@ def test_verifiers_and_scores_add_up() -> None:
     assert torch.equal(out.reward_parts["task"][1:], task[batch.on_policy][1:])
 
 
+def test_a_bound_needs_the_teacher() -> None:
+    """Catches: rewards that are all NaN, and an error that blames the verifier."""
+    batch = duel_batch(1)
+    alone = batch.select(batch.on_policy.nonzero()[:, 0])
+    module = GADGenerator(toys.policy(0), ScalarModel.copy_of(toys.policy(0)), AdversarialReward(bound=0.1))
+    with pytest.raises(ValueError, match=r"set data\.beside to true"):
+        fit(module, [alone])
+
+
 def test_a_frozen_judge_stays_as_it_is(tmp_path: Path) -> None:
     """GADGenerator by itself, from what a trained discriminator was saved as."""
     judge = ScalarModel.copy_of(toys.policy(3, scale=2.0), std=0.2)
