@@ -136,10 +136,10 @@ def scores(path: Path) -> dict[str, dict[str, float]]:
 
 
 def curve(folder: Path) -> list[list[float]]:
-    """[optimizer steps or batches, the predicate's reward on held-out items] of every validation."""
+    """[optimizer steps or batches, the predicate's reward (±1) on held-out items] of every validation."""
     rows = [row for log in sorted(folder.glob("logs/version_*/metrics.csv"))[-1:] for row in read(log)]
     return [
-        [int(row["step"]) + 1, round(float(row["val/accuracy"]), 4)]
+        [int(row["step"]) + 1, round(2 * float(row["val/accuracy"]) - 1, 4)]
         for row in rows
         if row.get("val/accuracy")
     ]

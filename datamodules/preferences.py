@@ -12,7 +12,7 @@ from lightning_onpolicy.datamodules.judged import judged_rows
 from lightning_onpolicy.datamodules.onpolicy import OnPolicyDataModule
 from lightning_onpolicy.datamodules.prompts import PromptStream
 from lightning_onpolicy.datamodules.rewards.base import Reward
-from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.rows import Source, check_characters
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 
 
@@ -56,6 +56,7 @@ def preference_rows(
 
 def _texts(prompt: Prompt, key: str) -> list[str]:
     value = prompt.row.get(key)
+    check_characters(value, f"{prompt.where}: {key!r}")
     if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
         return [_last_turn(prompt, key, value)]
     texts = [value] if isinstance(value, str) else list(value or ())

@@ -37,6 +37,14 @@ def data(rank: int = 0, world: int = 1, **settings: Any) -> PairDataModule:
     return module
 
 
+@pytest.mark.parametrize("bad", ["t1 \ud83d", [{"role": "assistant", "content": "\ud83d"}]])
+def test_half_a_character_is_named(bad: Any) -> None:
+    """Catches: a tokenizer's TypeError in the middle of training."""
+    prompts = [Prompt((3,), "t3", {**ROWS[0], "rejected": bad}, "p0")]
+    with pytest.raises(ValueError, match="'rejected'.*half of a character"):
+        preference_rows(prompts, TOKENIZER, "chosen", "rejected", 2)
+
+
 def test_rows_are_a_group_per_prompt_with_both_sides() -> None:
     """Catches: sides swapped, a prompt's answers in another's group, an EOS after a cut answer."""
     prompts = [Prompt((3,), "t3", row) for row in ROWS[:2]]
