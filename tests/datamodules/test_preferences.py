@@ -41,7 +41,7 @@ def data(rank: int = 0, world: int = 1, **settings: Any) -> PairDataModule:
 def test_half_a_character_is_named(bad: Any) -> None:
     """Catches: a tokenizer's TypeError in the middle of training."""
     prompts = [Prompt((3,), "t3", {**ROWS[0], "rejected": bad}, "p0")]
-    with pytest.raises(ValueError, match="'rejected'.*half of a character"):
+    with pytest.raises(ValueError, match=r"'rejected'.*half of a character"):
         preference_rows(prompts, TOKENIZER, "chosen", "rejected", 2)
 
 
