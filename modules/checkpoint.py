@@ -70,7 +70,8 @@ class LeanCheckpoint(pl.LightningModule):
             raise RuntimeError(
                 f"the checkpoint does not fit {type(self).__name__}: missing {missing[:3]}… ({len(missing)}), "
                 f"unexpected {list(result.unexpected_keys)[:3]}… ({len(result.unexpected_keys)}). "
-                "Was it made with another student, other adapters or another method?"
+                "Was it made with another student, other adapters, another method, or a kl.coef of 0 where it is more "
+                "now, or the other way round?"
             )
         result.missing_keys.clear()  # frozen weights are missing on purpose; Lightning would warn of each
         return result

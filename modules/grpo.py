@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -127,6 +127,12 @@ class ProRLGRPO(WithReference, WithCritic):
             kl=_spec(KLSpec, kl, base.kl),
         )
         self.recipe = recipe
+        lora = self.student.lora if self.student is not None else None
+        if lora is not None and lora.dropout and self.loop.steps > 1:
+            rank_zero_warn(
+                f"lora.dropout={lora.dropout} with {self.loop.steps} optimizer steps per batch: log-probabilities "
+                "before the updates are taken without dropout, so that ratios do not begin at 1. Set it to 0."
+            )
         self.advantage = worth
         self.entropy = _spec(EntropySpec, entropy, base.entropy)
         self.objective = Objective(

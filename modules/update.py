@@ -33,7 +33,8 @@ class LoopSpec:
 
     Args:
         updates: Passes over each rollout batch.
-        minibatches: Optimizer steps per pass; null: the recipe's, or 1 where there is no recipe.
+        minibatches: Optimizer steps per pass, each on an interleaved share of the rows, a few of every prompt (verl's
+            take whole groups); null: the recipe's, or 1 where there is no recipe.
         micro_batch_tokens: Positions (rows × longest row) per forward and backward pass; lower it when memory is
             short, gradients stay the same.
         head_budget_mb: Workspace of the output head, in MiB: logits kept for the backward pass; what does not fit is
