@@ -2,7 +2,8 @@
 
     python benchmarks/prolonged.py --batches 120                         # every RL arm, three seeds
     python benchmarks/prolonged.py --arms opd                            # taught by the best run of prorl
-    python benchmarks/prolonged.py --batches 240 --arms prorl grpo       # these two go on from 120
+    python benchmarks/prolonged.py --batches 240 --arms prorl grpo reference-only optimizer-only no-kl tiny-kl hot
+                                                                         # these go on from 120
     python benchmarks/prolonged.py --report                              # tables and pictures from what is there
 
 Every run is `onpolicy fit` in a process of one thread, on the quickstart's tiny student and reasoning-gym tasks

@@ -12,6 +12,7 @@ from prolonged_flops import cumulative
 from prolonged_report import BASE, Record, Records
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9822b", "#3a8f5c", "#777777"
+RESETS = {BASE: BLUE, "reference-only": GREEN, "optimizer-only": GREY, "grpo": ORANGE}
 Points = list[tuple[float, float]]
 BATCHES = f"batches of {PROMPTS * GROUP} responses"
 
@@ -81,7 +82,7 @@ def ablations(records: Records, batches: int, path: Path) -> None:
 
 
 def prolonged(records: Records, path: Path) -> None:
-    """GRPO without resets against ProRL with them: accuracy, KL to the reference, entropy."""
+    """GRPO without resets against ProRL with both or one: accuracy, KL to the reference, entropy."""
     figure, axes = _subplots(1, 3, (11.5, 3.6))
     panels: Sequence[tuple[str, Callable[[Record], Points]]] = (
         ("validation accuracy (%)", held_out),
@@ -89,7 +90,7 @@ def prolonged(records: Records, path: Path) -> None:
         ("entropy (nats per token)", metric("entropy")),
     )
     for axis, (title, points) in zip(axes, panels, strict=True):
-        for name, colour in ((BASE, BLUE), ("grpo", ORANGE)):
+        for name, colour in RESETS.items():
             if name in records:
                 band(axis, records[name], points, colour, ARMS[name].label)
         axis.set_title(title, fontsize=10)
