@@ -111,6 +111,10 @@ def text_completion(
         cut: The text ends where a token limit ended it: no EOS belongs there.
         written: Which of the ids are the response's own; the others are observations. None: all.
     """
+    if tokenizer.eos_token_id is None and not cut and ids is None:
+        raise ValueError(
+            "the tokenizer has no EOS, which closes a given response: set its eos_token in tokenizer_config.json."
+        )
     end = [] if cut else [tokenizer.eos_token_id]
     tokens = list(ids) if ids is not None else [*tokenizer.encode(text, add_special_tokens=False), *end]
     own = None if written is None or all(written) else torch.tensor(written, dtype=torch.bool)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_onpolicy.datamodules.rows import Row, Source
+
+log = logging.getLogger(__name__)
 
 
 class DomainMix(Source):
@@ -16,7 +20,8 @@ class DomainMix(Source):
     source; and ``uid``, the name and their place in it.
 
     Without weights, every row of every part comes once: what an evaluation needs. With weights, a part's share of
-    ``size`` rows is its weight's; its rows come in order, from the first again if the share is larger than the part.
+    ``size`` rows is its weight's; its rows come in order, from the first again if the share is larger than the part. If
+    it is smaller, the rest never comes, and a warning says what size would do.
     A ``StageSchedule`` may change the weights, as ``mix``.
 
     Args:
@@ -74,6 +79,21 @@ class DomainMix(Source):
             for number in range(count)
         ]
         self._places = [(name, number) for _, name, number in sorted(places)]
+        self._say_what_is_left_out()
+
+    def _say_what_is_left_out(self) -> None:
+        counts = shares(self.weights, self.size)
+        cut = {name: count for name, count in counts.items() if 0 < count < len(self.parts[name])}
+        if cut:
+            whole = max(math.ceil(self.size * len(self.parts[name]) / count) for name, count in cut.items())
+            log.warning(
+                "the mix of %d rows has %s: the other rows never come. With size=%d all do.",
+                self.size,
+                ", ".join(
+                    f"{count} of {len(self.parts[name])} rows of {name!r}" for name, count in cut.items()
+                ),
+                whole,
+            )
 
     def __len__(self) -> int:
         return self.size

@@ -23,6 +23,7 @@ from lightning_onpolicy.datamodules.ranks import gathered_by_rank
 from lightning_onpolicy.datamodules.rewards.base import Reward
 from lightning_onpolicy.datamodules.rewards.shaping import Shaper
 from lightning_onpolicy.datamodules.rows import Source
+from lightning_onpolicy.datamodules.seeds import derive_seed
 from lightning_onpolicy.datamodules.stream_loader import StreamLoader
 from lightning_onpolicy.datamodules.tools.base import Environment
 from lightning_onpolicy.datamodules.tools.conversation import Conversation
@@ -337,7 +338,8 @@ class OnPolicyDataModule(pl.LightningDataModule):
         groups = []
         for prompt in prompts:
             given = self._given(prompt).completions
-            chosen = tuple(given[i % len(given)] for i in range(self.group_size))
+            first = derive_seed(seed, prompt.uid) % len(given)  # others at other times, where there are more
+            chosen = tuple(given[(first + i) % len(given)] for i in range(self.group_size))
             groups.append(Group(prompt, chosen, on_policy=False))
         return groups
 

@@ -94,6 +94,8 @@ def canonical(row: Mapping[str, Any], keys: RowKeys, where: str) -> dict[str, An
     for name in ("prompt", "messages"):
         if out.get(name, 0) is None:  # tables keep absent values as None
             del out[name]
+    if isinstance(out.get("prompt"), list | tuple) and "messages" not in out:
+        out["messages"] = out.pop("prompt")  # a conversation under the name of a prompt, as TRL has it
     if "prompt" in out and "messages" in out:
         raise ValueError(
             f"{where}: the row has both 'prompt' and 'messages'; set prompt_key or messages_key to null "

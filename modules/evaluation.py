@@ -126,6 +126,8 @@ class RolloutEvaluation(pl.LightningModule):
                     **({} if all(written) else {"response_mask": written}),
                     "reward": None if reward != reward else reward,
                     "finished": bool(batch.finished[i]),
+                    # What those who train on it read: a text that was cut is not taught to end.
+                    "finish_reason": "stop" if bool(batch.finished[i]) else "length",
                 }
             )
         return rows

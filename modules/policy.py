@@ -10,6 +10,7 @@ attention mask is needed in the training forward.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lightning_onpolicy.kernels import LogProbHead, TeacherHead, TokenStats
+from lightning_onpolicy.modules.logits import check_head, logit_scale
 from lightning_onpolicy.modules.specs import LoraSpec as LoraSpec
 from lightning_onpolicy.modules.specs import ModelSpec as ModelSpec
 
@@ -68,10 +70,11 @@ class Policy(nn.Module):
                 head.weight,
                 getattr(head, "bias", None),
                 soft_cap=getattr(text, "final_logit_softcapping", None),
-                logit_scale=_logit_scale(text),
+                logit_scale=logit_scale(text),
                 vocab_size=vocab_size,
             )
         )
+        check_head(model, model.get_output_embeddings())
         self.model = model
         if lora is not None:
             lora.add_to(model)
@@ -136,7 +139,18 @@ class Policy(nn.Module):
         return stats
 
     def hidden(self, input_ids: Tensor, select: Tensor) -> Tensor:
-        """``[N, H]`` hidden states that predict the selected tokens (arguments as in :meth:`forward`)."""
+        """``[N, H]`` hidden states that predict the selected tokens (arguments as in :meth:`forward`).
+
+        Raises:
+            ValueError: If rows are longer than the model takes.
+        """
+        room = self.max_positions
+        if room is not None and input_ids.shape[1] > room:
+            raise ValueError(
+                f"a row of {input_ids.shape[1]} tokens is longer than the model's {room} positions: bound prompts and "
+                "responses (max_prompt_tokens, max_response_tokens, sampling.max_new_tokens), or take a model of longer "
+                "context."
+            )
         hidden_BTH: Tensor = self.model.base_model(
             input_ids=input_ids[:, :-1], use_cache=False
         ).last_hidden_state
@@ -157,7 +171,17 @@ class Policy(nn.Module):
         return self.head.logits(out.last_hidden_state[:, -1])
 
     def new_cache(self) -> Any:
-        """An empty key-value cache that fits the model."""
+        """An empty key-value cache that fits the model.
+
+        Raises:
+            ValueError: If the model has none: its state would be lost from one token to the next.
+        """
+        body = self.model.base_model
+        if "past_key_values" not in inspect.signature(body.forward).parameters:
+            raise ValueError(
+                f"{type(body).__name__} keeps no key-value cache (its forward takes no past_key_values), so this "
+                "engine cannot sample from it: take another architecture, or an engine of a server that can."
+            )
         return DynamicCache(config=self.config)
 
     def teacher_head(self, hidden_NH: Tensor) -> TeacherHead:
@@ -188,12 +212,12 @@ class Policy(nn.Module):
             self.model.enable_adapters()
 
     def frozen_names(self) -> set[str]:
-        """Names of parameters that never change (the base under adapters); checkpoints leave them out.
+        """Names of tensors that never change (the base under adapters); checkpoints leave them out.
 
-        Frozen adapters are not among them: those of a resettable reference change at a reset.
+        What quantised weights keep beside themselves is among them. Frozen adapters are not: those of a resettable
+        reference change at a reset.
         """
-        every = self.named_parameters(remove_duplicate=False)  # a tied head has a second name
-        return {name for name, p in every if not p.requires_grad and ".lora_" not in name}
+        return frozen_names(self)
 
     def save_pretrained(
         self, folder: str | Path, *, merge: bool = True, state_dict: Mapping[str, Tensor] | None = None
@@ -229,9 +253,8 @@ def recompute_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _logit_scale(config: Any) -> float:
-    """Cohere multiplies logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    scale = getattr(config, "logit_scale", None)
-    return 1.0 if scale is None else float(scale)
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names in the state dict of tensors that no training changes, adapters aside."""
+    every = module.named_parameters(remove_duplicate=False)  # a tied head has a second name
+    trained = {name for name, p in every if p.requires_grad}
+    return {name for name in module.state_dict() if name not in trained and ".lora_" not in name}

@@ -65,7 +65,10 @@ def merged_copy(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     with torch.random.fork_rng(
         devices=[]
     ):  # its first weights are drawn, and exporting must not change a run
-        plain = type(model)(copy.deepcopy(model.config)).to(next(iter(weights.values())).dtype)
+        plain = type(model)(copy.deepcopy(model.config))
+    for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
+        if name in weights:  # each in its own dtype: norms may be wider than the rest
+            tensor.data = tensor.data.to(weights[name].dtype)
     missing = set(plain.load_state_dict(weights, strict=False).missing_keys)
     plain.tie_weights()
     head = plain.get_output_embeddings()

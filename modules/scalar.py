@@ -22,7 +22,7 @@ from transformers import AutoModel
 from transformers.utils import cached_file
 
 from lightning_onpolicy.modules.paths import resolve_model
-from lightning_onpolicy.modules.policy import Policy, recompute_activations
+from lightning_onpolicy.modules.policy import Policy, frozen_names, recompute_activations
 from lightning_onpolicy.modules.saving import merged_copy
 from lightning_onpolicy.modules.specs import LoraSpec, ModelSpec
 
@@ -261,8 +261,8 @@ class ScalarModel(nn.Module):
         return bool(getattr(self.body, "peft_config", None))
 
     def frozen_names(self) -> set[str]:
-        """Names of parameters that never change (the body under adapters); checkpoints leave them out."""
-        return {name for name, p in self.named_parameters() if not p.requires_grad and ".lora_" not in name}
+        """Names of tensors that never change (the body under adapters); checkpoints leave them out."""
+        return frozen_names(self)
 
     def sharded_apart(self) -> list[nn.Module]:
         """What FSDP2 must shard by itself: the head, because of its dtype."""

@@ -60,6 +60,10 @@ class LoraSpec:
                 task_type="CAUSAL_LM",
             )
         )
+        adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+        lost = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in adapted)]
+        if not isinstance(targets, str) and lost:
+            raise ValueError(f"lora.target_modules names {lost}, and the model has no such linear module.")
         for name, parameter in model.named_parameters():
             if ".lora_" in name and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_onpolicy.datamodules.batch import RolloutBatch
@@ -25,6 +26,8 @@ from lightning_onpolicy.modules.microbatch import (
     split_minibatches,
 )
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,17 @@ class UpdateLoop(pl.LightningModule):
         if not trained:
             raise ValueError(
                 f"{type(model).__name__} has no trainable parameter: was it frozen as another module's teacher?"
+            )
+        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in _HALF]
+        if any(".lora_" in name for name in half):
+            raise ValueError(
+                f"precision={self.trainer.precision} has cast the adapters, which train in float32, to half precision: "
+                "set trainer.precision to 32-true or bf16-mixed, and the base's own type with dtype (student.dtype)."
+            )
+        if half:
+            rank_zero_warn(
+                f"{len(half)} tensors of {type(model).__name__} train in half precision, in which updates smaller than "
+                "1/256 of a weight are lost. Load them with dtype: float32 and set trainer.precision to bf16-mixed."
             )
         built = optimizer(trained)
         if scheduler is None:

@@ -15,7 +15,17 @@ from lightning_onpolicy._configs import config_root, find_config, list_configs
 from lightning_onpolicy.cli import resolve_configs
 from lightning_onpolicy.modules.distill import OnPolicyDistill
 
-PREDICTED = {"uid", "source", "prompt", "response", "prompt_ids", "response_ids", "reward", "finished"}
+PREDICTED = {
+    "uid",
+    "source",
+    "prompt",
+    "response",
+    "prompt_ids",
+    "response_ids",
+    "reward",
+    "finished",
+    "finish_reason",
+}
 
 
 @pytest.fixture(scope="module")

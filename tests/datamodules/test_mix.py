@@ -87,3 +87,14 @@ def test_settings_are_checked() -> None:
         DomainMix({"math": rows(1)}, size=0)
     with pytest.raises(IndexError):
         DomainMix({"math": rows(1)})[1]
+
+
+def test_rows_that_a_mix_never_shows_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches: half of a data set that no epoch comes to."""
+    parts = {"a": rows(10), "b": rows(10)}
+    mix = DomainMix(parts, weights={"a": 1.0, "b": 3.0})
+    assert {mix[i]["uid"] for i in range(20) if mix[i]["domain"] == "a"} == {f"a/{i}" for i in range(5)}
+    assert "5 of 10 rows of 'a': the other rows never come. With size=40 all do" in caplog.text
+    caplog.clear()
+    whole = DomainMix(parts, weights={"a": 1.0, "b": 3.0}, size=40)
+    assert len({(whole[i]["domain"], whole[i]["prompt"]) for i in range(40)}) == 20 and not caplog.text

@@ -50,6 +50,13 @@ def test_null_key_chooses_between_prompt_and_messages(tmp_path: Path) -> None:
     assert FileSource(file, prompt_key=None)[0] == {"messages": talk[:1], "response": "ho"}
 
 
+def test_a_conversation_may_be_called_a_prompt(tmp_path: Path) -> None:
+    """As TRL has it. Catches: "must be a string", for the commonest format of chat data."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"prompt": [{"role": "user", "content": "hi"}], "answer": "ho"}\n')
+    assert FileSource(str(file))[0] == {"messages": [{"role": "user", "content": "hi"}], "answer": "ho"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

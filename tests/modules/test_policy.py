@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lightning_onpolicy.datamodules.batch import Sampling
 from lightning_onpolicy.datamodules.engines.transformers import TransformersEngine
+from lightning_onpolicy.modules import SupervisedFineTune
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
+from lightning_onpolicy.modules.saving import merged_copy
 
 V = len(toys.tokenizer())
 ROWS = 32
@@ -64,7 +66,9 @@ MODELS = {
     "gemma2 with soft-cap": family("Gemma2", final_logit_softcapping=3.0, head_dim=8),
     "cohere with logit_scale": family("Cohere", logit_scale=0.25),
     "granite with logits_scaling": family("Granite", logits_scaling=4.0),
+    "hyperclova x with logits_scaling": family("HyperCLOVAX", logits_scaling=0.25),
 }
+HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 
 
 def ids(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -99,6 +103,51 @@ def test_log_probabilities_and_gradients_are_the_plain_models(name: str) -> None
         torch.testing.assert_close(
             own[key].grad, p.grad, atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+def test_a_head_with_a_multiplier_of_its_own() -> None:
+    """Falcon-H1. Catches: a family's factor that sampler and trainer both lack, so that no mismatch shows it."""
+    make = family("FalconH1", lm_head_multiplier=0.1, head_dim=8, **HYBRID)
+    tokens, mask = ids()
+    with torch.no_grad():
+        expected, got = (
+            plain_logp(make(), tokens, mask),
+            Policy(make(), toys.tokenizer()).eval()(tokens, mask).logp,
+        )
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
+
+
+def test_logits_made_in_an_unknown_way_are_refused() -> None:
+    """Catches: training another distribution than the model's own forward pass, exports, and servers have."""
+    model = MODELS["llama untied"]()
+
+    class Louder(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.5
+            return out
+
+    model.__class__ = Louder
+    with pytest.raises(ValueError, match="Louder makes logits in a way that is not known here"):
+        Policy(model, toys.tokenizer())
+
+
+def test_rows_beyond_the_models_positions_are_refused() -> None:
+    """Catches: supervised rows that a model grades far from where it has ever been trained."""
+    long = torch.zeros(1, 65, dtype=torch.long)
+    with pytest.raises(ValueError, match="a row of 65 tokens is longer than the model's 64 positions"):
+        Policy(MODELS["llama tied"](), toys.tokenizer())(long, torch.ones_like(long, dtype=torch.bool))
+
+
+def test_a_model_without_a_key_value_cache_is_not_sampled_from() -> None:
+    """Catches: a state-space model whose every token sees the one before it alone."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=22, pad_token_id=20
+    )
+    policy = Policy(transformers.AutoModelForCausalLM.from_config(config), toys.tokenizer())
+    with pytest.raises(ValueError, match="MambaModel keeps no key-value cache"):
+        TransformersEngine(policy).generate([[1, 2]], 1, Sampling(max_new_tokens=2), seed=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -190,6 +239,47 @@ def test_adapters_off_needs_adapters_and_lora_never_touches_the_head() -> None:
     assert not any("lm_head" in n for n, p in policy.named_parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="lm_head"):
         LoraSpec(target_modules=("lm_head",))
+    with pytest.raises(ValueError, match=r"names \['q_porj'\], and the model has no such"):
+        Policy(toys.llama(0), toys.tokenizer(), lora=LoraSpec(target_modules=("q_porj", "v_proj")))
+
+
+@pytest.mark.parametrize("bits", [None, "4bit", "8bit"])
+def test_adapters_over_any_base_come_back_from_a_checkpoint(bits: Any, tmp_path: Path) -> None:
+    """Catches: what quantised weights keep beside themselves, saved and then taken for another student's."""
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    path = toys.save_model(tmp_path / "model")
+    spec = ModelSpec(path, quantize=bits, lora=LoraSpec(r=2))
+
+    def module() -> SupervisedFineTune:
+        torch.manual_seed(3)
+        made = SupervisedFineTune(spec)
+        made.configure_model()
+        return made
+
+    first, second = module(), module()
+    with torch.no_grad():
+        for name, p in first.policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    state = first.state_dict()
+    assert state and all(".lora_" in name for name in state)
+    torch.save(state, tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for name, value in state.items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_a_merged_copy_keeps_every_tensors_dtype() -> None:
+    """Catches: float32 norms of a bfloat16 model, rounded because another tensor came first."""
+    policy = Policy(toys.llama(0, tie=False).bfloat16(), toys.tokenizer(), lora=LoraSpec(r=2))
+    norm = policy.model.base_model.norm
+    norm.weight.data = norm.weight.data.float() + 1e-4
+    plain = merged_copy(policy.model)
+    assert (
+        torch.equal(plain.model.norm.weight, norm.weight) and plain.model.norm.weight.dtype == torch.float32
+    )
+    assert plain.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -58,6 +58,26 @@ def test_half_precision_trains_with_the_ratio_of_its_rounding(
     assert bool(torch.isfinite(metrics["train/loss"]))
 
 
+def test_what_half_precision_would_swallow_is_said(tmp_path: Path) -> None:
+    """Catches: adapters that Lightning casts to bfloat16, in which small steps round away; whole weights likewise."""
+    rows = [{"prompt": "t1 t2"}]
+    data = OnPolicyDataModule(
+        train=rows, prompts_per_batch=1, group_size=1, sampling=Sampling(max_new_tokens=2)
+    )
+    adapted = Policy(toys.llama(0), toys.tokenizer(), lora=LoraSpec(r=2))
+    for student, refused in ((adapted, True), (toys.policy(0), False)):
+        module = OnPolicyDistill(student, toys.policy(1))
+        run = trainer(tmp_path, [], precision="bf16-true", limit_train_batches=1)
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"has cast the adapters.*precision to 32-true or bf16-mixed"
+            ):
+                run.fit(module, datamodule=data)
+        else:
+            with pytest.warns(UserWarning, match="train in half precision.*bf16-mixed"):
+                run.fit(module, datamodule=data)
+
+
 def test_adapters_over_weights_in_half_precision_take_small_steps(tmp_path: Path) -> None:
     """Catches: bfloat16 adapters, in which a step of less than 1/256 of a weight rounds away."""
     student = Policy(toys.llama(0, scale=3.0).to(torch.bfloat16), toys.tokenizer(), lora=LoraSpec(r=2))
