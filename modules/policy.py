@@ -148,8 +148,8 @@ class Policy(nn.Module):
         if room is not None and input_ids.shape[1] > room:
             raise ValueError(
                 f"a row of {input_ids.shape[1]} tokens is longer than the model's {room} positions: bound prompts and "
-                "responses (max_prompt_tokens, max_response_tokens, sampling.max_new_tokens), or take a model of longer "
-                "context."
+                "responses (max_prompt_tokens, max_response_tokens, sampling.max_new_tokens), or take a model that "
+                "takes more."
             )
         hidden_BTH: Tensor = self.model.base_model(
             input_ids=input_ids[:, :-1], use_cache=False
