@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_onpolicy.callbacks.model_card import model_card
 from lightning_onpolicy.callbacks.protocol import SavesPolicy, WarnOnce
-from lightning_onpolicy.modules.folders import check_replaceable, whole_folder
+from lightning_onpolicy.modules.folders import check_replaceable, check_writable, whole_folder
 from lightning_onpolicy.modules.saving import gathered_state_dict
 
 When = Literal["end", "every_checkpoint"]
@@ -65,6 +65,9 @@ class ExportHF(Callback):
             )
         if self.when == "end":
             check_replaceable(self.folder)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            place = self.folder if self.when == "end" else self.folder / "step"
+            check_writable(place, "ExportHF's folder")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

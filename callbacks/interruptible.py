@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 
 class Interruptible(Callback):
@@ -48,3 +49,15 @@ class Interruptible(Callback):
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = (
         _raise_again
     )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where training stopped, and from where it can go on."""
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        written = [
+            getattr(c, "last_model_path", "") or getattr(c, "best_model_path", "")
+            for c in trainer.checkpoint_callbacks
+        ]
+        last = next(filter(None, written), "")
+        told = f"go on from {last} (--ckpt_path)" if last else "this run has not written a checkpoint yet"
+        rank_zero_info(f"Stopped at step {trainer.global_step}: {told}.")

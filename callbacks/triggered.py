@@ -116,7 +116,7 @@ class TriggeredCallback(Callback, ABC):
             values = trainer.strategy.broadcast(values)
         missing = sorted(set(names) - values.keys())
         if missing:
-            raise KeyError(
+            raise ValueError(
                 f"{type(self).__name__} reads {missing[0]!r} after each {at}, and {type(pl_module).__name__} has not "
                 f"logged it. Logged so far: {sorted(metrics)}."
             )

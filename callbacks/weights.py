@@ -21,13 +21,13 @@ def submodule(module: nn.Module, path: str, key: str) -> nn.Module:
         key: The argument that holds the path, for errors.
 
     Raises:
-        AttributeError: If there is nothing at that path.
+        ValueError: If there is nothing at that path.
         TypeError: If it is not a module.
     """
     try:
         found = operator.attrgetter(path)(module)
     except AttributeError as error:
-        raise AttributeError(
+        raise ValueError(
             f"{key}={path!r}: {error}. Name an nn.Module of {type(module).__name__}, e.g. one of "
             f"{[name for name, _ in module.named_children()]}."
         ) from None

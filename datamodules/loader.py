@@ -74,6 +74,10 @@ class RolloutLoader(AdjustableRollouts, StreamLoader):
         self.by_rank = by_rank
         self._refill: Refill | None = None
         if dynamic_sampling is not None:
+            if maker.group_size < 2:
+                raise ValueError(
+                    "dynamic_sampling needs group_size >= 2: it keeps groups whose responses are paid differently."
+                )
             if on_policy_fraction < 1:
                 raise ValueError("dynamic_sampling needs on_policy_fraction 1: given responses do not vary.")
             metric = dynamic_sampling.metric

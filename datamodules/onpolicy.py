@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_onpolicy.datamodules.batch import Group, Prompt, Sampling
 from lightning_onpolicy.datamodules.dynamic import DynamicSampling
@@ -177,8 +178,9 @@ class OnPolicyDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """On-policy training batches."""
-        rank, _ = shard_of(self.trainer)
+        rank, world = shard_of(self.trainer)
         off_policy = None
+        self._say_how_much(world)
         if self.on_policy_fraction < 1:
             off_policy = self._dataset_groups if self.off_policy == "dataset" else self._teacher_groups()
         return self._continued(
@@ -202,6 +204,22 @@ class OnPolicyDataModule(pl.LightningDataModule):
                 by_rank=gathered_by_rank,
             )
         )
+
+    def _say_how_much(self, world: int) -> None:
+        """An epoch is so many batches, whatever the source has: say what that comes to, once."""
+        source = self.sources["train"]
+        rows, asked = (
+            0 if source is None else len(source),
+            self.steps_this_run() * self.prompts_per_batch * world,
+        )
+        if rows and self._training is None:
+            seen = (
+                f"{asked / rows:,.1f} times each" if asked >= rows else f"{100 * asked / rows:.0f} % of them"
+            )
+            rank_zero_info(
+                f"OnPolicyDataModule: an epoch is {self.steps_this_run()} batches of {self.prompts_per_batch * world} "
+                f"prompts (steps_per_epoch), of {rows:,} rows: {seen}."
+            )
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation batches; none if there is no source."""

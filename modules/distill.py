@@ -94,6 +94,8 @@ class OnPolicyDistill(OnPolicyModule):
         _check(gamma == 0 or objective == "sampled_reverse_kl", "gamma", gamma, "0 unless sampled_reverse_kl")
         _check(temperature > 0, "temperature", temperature, "> 0")
         _check(max_weight is None or max_weight > 0, "max_weight", max_weight, "positive or null")
+        _check(beta == 0.5 or objective == "jsd", "beta", beta, "left out unless jsd")
+        _check(alpha == 0.1 or objective.startswith("skew"), "alpha", alpha, "left out unless a skew")
         sampled = objective == "sampled_reverse_kl"
         _check(max_weight is None or sampled, "max_weight", max_weight, "null unless sampled_reverse_kl")
         self.objective: DistillLoss = objective

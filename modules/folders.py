@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,21 @@ def replace_folder(source: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(source, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_writable(target: Path, what: str) -> None:
+    """Make the folder that ``target`` will be in, and see that it can be written to.
+
+    Args:
+        target: Destination of an export.
+        what: The setting that names it.
+
+    Raises:
+        OSError: If it cannot; the message names the setting.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{what} {str(target)!r} cannot be written: {error}. Choose another folder.") from error

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -127,6 +128,7 @@ class ProRLGRPO(WithReference, WithCritic):
             kl=_spec(KLSpec, kl, base.kl),
         )
         self.recipe = recipe
+        self._said_nothing = False
         lora = self.student.lora if self.student is not None else None
         if lora is not None and lora.dropout and self.loop.steps > 1:
             rank_zero_warn(
@@ -230,6 +232,7 @@ class ProRLGRPO(WithReference, WithCritic):
             return self.criticise(batch, token_rewards(reward_B, *penalty), self.advantage)
         reward_B, tokens_B = penalised_rewards(reward_B, *penalty), mask_BT[:, 1:].sum(1)
         advantage_B = advantages(self.advantage, reward_B, batch.group, tokens_B, self._reduce)
+        self._look_for_a_signal(batch, advantage_B)
         return {"advantage": scatter(spread(advantage_B, mask_BT), mask_BT)}
 
     def _reduce(self, value: Tensor, op: str) -> Tensor:
@@ -263,6 +266,25 @@ class ProRLGRPO(WithReference, WithCritic):
             raise ValueError(
                 f"step {self.policy_version}: not one response of the batch has a reward on any rank. Name rewards in "
                 "data.rewards, or look at the verifier's own log: it could score nothing."
+            )
+
+    def _look_for_a_signal(self, batch: RolloutBatch, advantage_B: Tensor) -> None:
+        """Refuse groups of one, which say nothing; say once that a batch taught nothing."""
+        sizes = Counter(batch.group[batch.on_policy].tolist()).values()
+        strongest_here = float(advantage_B.detach().abs().amax())
+        found = torch.tensor([float(max(sizes, default=0)), strongest_here], dtype=torch.float64)
+        largest, strongest = self._reduce(found, "max").tolist()
+        if largest == 1 and self.objective.positive_nll == 0:
+            raise ValueError(
+                "every group of the batch has one response, and an advantage compares the responses of a group: set "
+                "data.group_size to 2 or more, or advantage.kind to gae."
+            )
+        if strongest == 0 and largest > 1 and not self._said_nothing:
+            self._said_nothing = True
+            rank_zero_warn(
+                f"step {self.policy_version}: no group of this batch has rewards that differ, so nothing is learnt "
+                "from it (train/constant_groups counts them). If that goes on, the reward or the prompts tell nothing "
+                "apart; data.dynamic_sampling samples others in their place."
             )
 
     # -- loss -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lightning_onpolicy.datamodules.judged import PREFERRED
 from lightning_onpolicy.datamodules.phases import Phases
 from lightning_onpolicy.modules import parallel
 from lightning_onpolicy.modules.checkpoint import LeanCheckpoint
-from lightning_onpolicy.modules.folders import check_replaceable, whole_folder
+from lightning_onpolicy.modules.folders import check_replaceable, check_writable, whole_folder
 from lightning_onpolicy.modules.onpolicy import LoopSpec
 from lightning_onpolicy.modules.outcome import Counts, LossOutput, Tally
 from lightning_onpolicy.modules.reported import Reported
@@ -104,6 +104,8 @@ class ScalarTraining(UpdateLoop, LeanCheckpoint, pl.LightningModule, ABC):
             parallel.refuse_unfit(self.trainer)
             if self.export is not None:
                 check_replaceable(Path(self.export))
+                if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                    check_writable(Path(self.export), "export")
 
     def configure_optimizers(self) -> Any:
         """One, over what trains."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -165,6 +167,12 @@ def _naming(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        made = re.fullmatch(r"runs/(\w+)/export", path)
+        if made and not Path(path).exists():
+            raise OSError(
+                f"{what} {path!r} does not exist yet: a quickstart reads what another one exports there. "
+                f"Run `onpolicy fit -c quickstart/{made[1]}` first."
+            ) from None
         raise OSError(f"{what} {path!r} cannot be loaded: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,7 @@ def parse(args: Sequence[str]) -> CollectSettings:
     parser.add_class_arguments(CollectSettings)
     words = [
         "--dry_run=true" if arg == "--dry_run" and after not in ("true", "false") else arg
-        for arg, after in zip(args, [*args[1:], ""], strict=True)
+        for arg, after in itertools.zip_longest(args, args[1:], fillvalue="")
     ]
     given = parser.instantiate_classes(parser.parse_args(words))
     return CollectSettings(**{name: given[name] for name in CollectSettings.__dataclass_fields__})

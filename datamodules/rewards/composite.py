@@ -188,14 +188,20 @@ def score_all(rewards: Mapping[str, Reward], groups: Sequence[Group]) -> dict[st
     out: dict[str, Scores] = {}
     sizes = [len(group.completions) for group in groups]
     for name, reward in rewards.items():
+        if not hasattr(reward, "score"):
+            raise ValueError(
+                f"reward {name!r} is a {type(reward).__name__}, which has no score(groups): wrap a function of "
+                "(prompt, text) in FunctionReward."
+            )
         inner: dict[str, Scores] = {}
         if isinstance(reward, CompositeReward):
             scores, inner = reward.score_parts(groups)
         else:
             scores = reward.score(groups)
-        if (given := [len(s) for s in scores]) != sizes:
+        if (given := [len(s) if isinstance(s, Sequence) else "no" for s in scores]) != sizes:
             raise ValueError(
-                f"reward {name!r} returned {given} scores per group; the groups have {sizes} completions."
+                f"reward {name!r} returned {given} scores per group, and the groups have {sizes} completions: "
+                "score(groups) returns one list per group, one score per completion."
             )
         out[name] = scores
         out |= {f"{name}/{part}": value for part, value in inner.items()}

@@ -31,17 +31,32 @@ class FunctionReward(Reward):
 
         Raises:
             ValueError: If the function returns something that is neither a finite number nor None.
+            RuntimeError: If it raises; the message names function and prompt.
         """
         return [[self._one(group.prompt, c.text) for c in group.completions] for group in groups]
 
     def _one(self, prompt: Prompt, text: str) -> float | None:
-        value = self.function(prompt, text)
+        try:
+            value = self.function(prompt, text)
+        except Exception as error:
+            raise RuntimeError(
+                f"reward function {self.name} failed on prompt {prompt.uid!r}, called as f(prompt, text): "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if value is None:
             return None
-        score = float(value)
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
         if not math.isfinite(score):
-            name = getattr(self.function, "__qualname__", repr(self.function))
             raise ValueError(
-                f"reward function {name} returned {value!r} for prompt {prompt.uid!r}; return None instead."
+                f"reward function {self.name} returned {value!r} for prompt {prompt.uid!r}: return a finite number, or "
+                "None where the response cannot be scored."
             )
         return score
+
+    @property
+    def name(self) -> str:
+        """The function's, for errors."""
+        return getattr(self.function, "__qualname__", repr(self.function))

@@ -52,11 +52,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("ONPOLICY_TRACEBACK"):
             raise
-        print(f"onpolicy: error: {_chain(error)}\n(ONPOLICY_TRACEBACK=1 shows where.)", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(_chain(error))
+    except Exception as error:
+        if type(error).__name__ != "MisconfigurationException" or os.environ.get("ONPOLICY_TRACEBACK"):
+            raise
+        _fail(
+            _advised(str(error))
+        )  # Lightning's class for a Trainer that cannot be; importing it takes seconds
     except KeyboardInterrupt:
         print("onpolicy: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"onpolicy: error: {message}\n(ONPOLICY_TRACEBACK=1 shows where.)", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _advised(message: str) -> str:
+    """Lightning's refusal of a Trainer's option, with what does the same here."""
+    instead = {
+        "gradient clipping": "leave out trainer.gradient_clip_val and set model.init_args.loop.max_grad_norm",
+        "gradient accumulation": "leave out trainer.accumulate_grad_batches: a step is one batch of rollouts, cut into "
+        "pieces of model.init_args.loop.micro_batch_tokens",
+    }
+    for option, advice in instead.items():
+        if option in message.lower():
+            return f"methods here make their own optimizer steps: {advice}."
+    return message
 
 
 def _run(args: list[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_onpolicy.callbacks.export import ExportHF
 from lightning_onpolicy.callbacks.model_card import front_matter, resolved_config
-from lightning_onpolicy.modules.folders import MARKER, check_replaceable, replace_folder
+from lightning_onpolicy.modules.folders import MARKER, check_replaceable, check_writable, replace_folder
 from lightning_onpolicy.modules.policy import LoraSpec, ModelSpec, Policy
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -182,3 +182,12 @@ def test_replace_folder_when_there_is_nothing_to_replace(tmp_path: Path) -> None
     (tmp_path / "new").mkdir()
     replace_folder(tmp_path / "new", tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    """Catches: a run whose result is lost at its end."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"ExportHF's folder .*file/export' cannot be written.*Choose another"):
+        check_writable(tmp_path / "file" / "export", "ExportHF's folder")
+    check_writable(tmp_path / "new" / "export", "ExportHF's folder")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_onpolicy.callbacks import Interruptible
@@ -106,3 +109,21 @@ def test_a_request_does_not_outlive_its_run() -> None:
     before = model.layer.weight.detach().clone()
     trainer(callback).fit(model)
     assert not torch.equal(before, model.layer.weight)
+
+
+def test_it_says_where_the_run_stopped_and_can_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches: a checkpoint that nobody finds, or one that is looked for and was never written."""
+    caplog.set_level("INFO")
+    for saving, said in (
+        (True, r"at step 1: go on from .*step=1\.ckpt"),
+        (False, "at step 1: this run has not written"),
+    ):
+        run = trainer(Deaf(KeyboardInterrupt), Interruptible())
+        if saving:
+            run.callbacks.insert(0, ModelCheckpoint(tmp_path, every_n_train_steps=1))  # type: ignore[attr-defined]
+        with pytest.raises(SystemExit):
+            run.fit(BoringModel())
+        assert re.search(f"Stopped {said}", caplog.text)
+        caplog.clear()

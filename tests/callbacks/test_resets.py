@@ -484,7 +484,7 @@ def test_adagrad_is_refused() -> None:
 
 
 def test_a_metric_that_is_not_logged_is_named() -> None:
-    with pytest.raises(KeyError, match=r"'train/kl' after each step.*Anchored has not logged it.*'kl'"):
+    with pytest.raises(ValueError, match=r"'train/kl' after each step.*Anchored has not logged it.*'kl'"):
         fit([ReferenceReset(Ceiling("train/kl", 1.0))], 1)
 
 

@@ -137,6 +137,23 @@ def test_an_unknown_key_in_a_file_is_named(place: Path, tmp_path: Path, capsys: 
     assert "group_sise" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.gradient_clip_val=1.0"], "set model.init_args.loop.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches=4"], "model.init_args.loop.micro_batch_tokens"),
+        (["--trainer.accelerator=gpu"], "gpu"),
+    ],
+)
+def test_trainer_options_that_cannot_be_are_one_sentence(
+    flags: list[str], said: str, place: Path, capsys: Any
+) -> None:
+    """Catches: a traceback that tells to switch to automatic optimization."""
+    assert onpolicy("fit", "-c", place / "run.yaml", *flags) == 1
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
 def test_values_out_of_range_are_one_sentence(place: Path, capsys: Any) -> None:
     for flag, said in (
         ("--data.init_args.sampling.temperature=-1", "sampling.temperature must be >= 0, got -1.0."),

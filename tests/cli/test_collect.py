@@ -115,6 +115,12 @@ def test_any_source_gives_prompts(folder: Path) -> None:
         assert set(server.prompts()) == {f"question {i} in 9 words" for i in range(ROWS)}
 
 
+def test_without_arguments_it_says_which_it_needs(capsys: Any) -> None:
+    """Catches: "zip() argument 2 is longer than argument 1"."""
+    assert onpolicy("collect") == 2
+    assert "required: prompts, out, model, base_url" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "code", "named"),
     [

@@ -323,9 +323,18 @@ def test_a_rank_without_a_group_takes_part_with_a_row_that_teaches_nothing() -> 
     assert not bool(batch.response_mask.any()) and len(batch) == 1 and batch.counts["missing"] == 3
 
 
+def small_groups() -> RolloutLoader:
+    load = loader(None)
+    load.maker.group_size = 1
+    return RolloutLoader(
+        load.stream, load.maker, prompts_per_batch=1, steps=1, dynamic_sampling=DynamicSampling()
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: small_groups(), "needs group_size >= 2"),
         (lambda: DynamicSampling(max_rounds=0), "max_rounds must be >= 1"),
         (lambda: DynamicSampling(max_age=-1), "max_age must be >= 0"),
         (lambda: loader(DynamicSampling(metric="accuracy")), "metric is 'accuracy'; the rewards are"),

@@ -347,6 +347,21 @@ def test_a_shaped_reward_does_not_say_what_is_correct(right: bool) -> None:
     assert any(not torch.equal(value, start[name]) for name, value in weights(module).items()) is right
 
 
+def test_groups_of_one_are_refused_and_a_batch_that_teaches_nothing_is_said(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Catches: a whole run of loss 0 that ends with exit code 0 and an export."""
+    with pytest.raises(
+        ValueError, match=r"every group of the batch has one response.*group_size to 2 or more"
+    ):
+        fit(grpo(), [toys.batch(0, groups=4, size=1)])
+    same = dataclasses.replace(sampled(), rewards=torch.ones(16))
+    module = grpo(kl=KLSpec(0.1))
+    fit(module, [same, same])
+    said = [str(w.message) for w in recwarn if "nothing is learnt" in str(w.message)]
+    assert len(said) == 1 and "step 0" in said[0]
+
+
 def test_one_reward_may_say_what_is_correct() -> None:
     """Catches: the format's point that makes a wrong response a right one, and an example to imitate."""
     batch = sampled()

@@ -163,6 +163,16 @@ def test_templates_and_eos_ids_that_differ_are_errors_or_warnings(make: Any, nam
     assert bool(world.step(built, world.ragged(3, V))[0].isfinite())
 
 
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [("reverse_kl", {"beta": 0.3}), ("jsd", {"alpha": 0.4}), ("forward_kl", {"max_weight": 2.0})],
+)
+def test_settings_of_another_objective_are_refused(objective: Any, settings: dict[str, Any]) -> None:
+    """Catches: a sweep over a number that nothing reads."""
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+        world.distill(world.tiny(0, V), world.tiny(1, V), objective, **settings)
+
+
 def test_models_that_agree_pass_without_a_word() -> None:
     """Catches: guards that cry on every pair."""
     with warnings.catch_warnings():
