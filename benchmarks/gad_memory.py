@@ -10,7 +10,7 @@ not recomputed.
 The floor is 34 bytes per parameter: 16 for each player under mixed-precision Adam and 2 for a bfloat16 reference. In
 full we hold 32, with a float32 reference: 12 for each player's weights and moments, and gradients (4) of one player at
 a time. `bf16-true` keeps no float32 weights and holds half of what it otherwise would: updates smaller than a
-weight's last bit are lost. Adapters in mixed precision are float32 over a bfloat16 base.
+weight's last bit are lost. Adapters are float32 over a bfloat16 base, in mixed precision; `bf16-true` refuses them.
 
     python benchmarks/gad_memory.py
     python benchmarks/gad_memory.py --device cuda --sizes 0.5b,1.5b
@@ -36,7 +36,7 @@ sys.path.append(str(Path(__file__).parent))
 from common import hardware, write_results
 from gad_memory_measure import PHASES, measure, medians
 from gad_memory_predicted import FLOOR, model_parameters, prediction
-from gad_memory_sides import MODES, PRECISIONS, SIZES, Size
+from gad_memory_sides import MODES, PRECISIONS, SIZES, Size, possible
 
 MIB = 2**20
 WEIGHED = ("weights", "gradients", "state", *(f"peak_{name}" for name in PHASES), "peak")
@@ -147,6 +147,8 @@ def main() -> None:
     for size in args.sizes:
         rows, runs = [], []
         for precision, mode in itertools.product(args.precisions, args.modes):
+            if not possible(MODES[mode], precision):
+                continue
             found = in_fresh_process(args, size, precision, mode)
             expected = prediction(SIZES[size], MODES[mode], precision)
             rows.append(summarise((size, precision, mode), SIZES[size], found, expected))

@@ -97,6 +97,11 @@ MODES = {
 }
 
 
+def possible(mode: Mode, precision: Precision) -> bool:
+    """Whether the library trains so: adapters stay float32, which `bf16-true` would undo."""
+    return not (mode.adapters and precision == "bf16-true")
+
+
 def dtype_of(mode: Mode, precision: Precision) -> Dtype:
     """Of the weights as loaded: float32 where they train in mixed precision, bfloat16 where they are frozen there."""
     if precision == "32-true" or (precision == "bf16-mixed" and not mode.adapters):
