@@ -67,6 +67,7 @@ MODELS = {
     "cohere with logit_scale": family("Cohere", logit_scale=0.25),
     "granite with logits_scaling": family("Granite", logits_scaling=4.0),
     "hyperclova x with logits_scaling": family("HyperCLOVAX", logits_scaling=0.25),
+    "opt, whose body has a body": family("OPT", word_embed_proj_dim=32, ffn_dim=48, dropout=0.0),
 }
 HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 
