@@ -17,6 +17,8 @@ def logit_scale(config: Any) -> float:
     """What the model's own forward pass multiplies its head's products by."""
     if getattr(config, "lm_head_multiplier", None):  # Falcon-H1
         return float(config.lm_head_multiplier)
+    if getattr(config, "logits_mup_width_multiplier", None):  # Inkling
+        return 1.0 / float(config.logits_mup_width_multiplier)
     if getattr(config, "logits_scaling", None):  # HyperCLOVA X multiplies by it, Granite divides
         scaling = float(config.logits_scaling)
         return scaling if config.model_type == "hyperclovax" else 1.0 / scaling

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +24,14 @@ def list_configs() -> dict[str, str]:
         text = path.read_text()
         content = yaml.safe_load(text)
         if isinstance(content, dict) and {"model", "trainer", "backend"} & content.keys():
-            first = text.splitlines()[0]
-            found[path.relative_to(config_root()).with_suffix("").as_posix()] = first.lstrip("# ")
+            found[path.relative_to(config_root()).with_suffix("").as_posix()] = _first_sentence(text)
     return found
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment that a file begins with; it may go over several lines."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return re.split(r"(?<=[a-z0-9)]{3}[.]) ", " ".join(line.lstrip("# ") for line in lines))[0]
 
 
 def find_config(name: str) -> str:
@@ -37,8 +45,11 @@ def find_config(name: str) -> str:
     packaged = config_root() / f"{name.removesuffix('.yaml')}.yaml"
     if packaged.is_file():
         return str(packaged)
+    names = list_configs()
+    alike = difflib.get_close_matches(name, names, n=1)
+    meant = f" Did you mean {alike[0]}?" if alike else ""
     raise FileNotFoundError(
-        f"no file and no packaged configuration is called {name!r}. `onpolicy ls` lists {', '.join(list_configs())}."
+        f"no file and no packaged configuration is called {name!r}.{meant} `onpolicy ls` lists {', '.join(names)}."
     )
 
 
