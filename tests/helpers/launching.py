@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -35,12 +36,12 @@ def on_two_ranks(
         "PYTHONSAFEPATH": "1",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(path), *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    # Files and no pipes: whatever process outlives its rank would hold the end of a pipe, and reading it never ends.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        words = [*command, str(path), *map(str, arguments)]
+        done = subprocess.run(words, env=env, stdout=out, stderr=err, text=True, timeout=timeout_s)
+        for file in (out, err):
+            file.seek(0)
+        done.stdout, done.stderr = out.read(), err.read()
     assert done.returncode == 0, done.stderr[-4000:]
     return done

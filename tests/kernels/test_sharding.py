@@ -34,14 +34,21 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     path = os.pathsep.join(filter(None, (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder)] for rank in range(ranks)]
-    started = [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True) for c in commands]
+    said = [folder / f"rank{rank}.txt" for rank in range(ranks)]
+    started = []
+    for command, file in zip(commands, said, strict=True):
+        with file.open(
+            "w"
+        ) as errors:  # no pipe: a compiler's process that outlives its rank would hold its end
+            started.append(subprocess.Popen(command, env=env, stderr=errors))
     try:
-        errors = [process.communicate(timeout=200)[1] for process in started]
+        for process in started:
+            process.wait(timeout=200)
     finally:
         for process in started:
             process.kill()
     # The first to fail says why; the others say that their peer is gone.
-    assert all(process.returncode == 0 for process in started), "\n".join(e[-3000:] for e in errors)
+    assert all(process.returncode == 0 for process in started), "\n".join(f.read_text()[-3000:] for f in said)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
