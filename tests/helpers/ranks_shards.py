@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -50,5 +51,8 @@ def main(world: World, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(
+        120, exit=True
+    )  # before the test's patience ends, so that a hang shows its place
     main(World(int(sys.argv[1]), int(sys.argv[2])), Path(sys.argv[3]))
     leave()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,26 +31,41 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank of a world found."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("world")
+    """What each rank of a world found.
+
+    A world that fails is asked once more, with a warning that says how it ended: gloo's own set-up has hung once in
+    some hundred worlds. What is wrong with the op fails twice.
+    """
+    first = run_world(request.param, tmp_path_factory.mktemp("world"))
+    if isinstance(first, str):
+        warnings.warn(f"the first world of {request.param} ranks ended so:\n{first}", stacklevel=1)
+        first = run_world(request.param, tmp_path_factory.mktemp("world"))
+    assert not isinstance(first, str), first
+    return first
+
+
+def run_world(ranks: int, folder: Path) -> list[dict[str, Any]] | str:
+    """Every rank's answers, or how the ranks ended: the first to fail says why, the others that their peer is gone."""
     path = os.pathsep.join(filter(None, (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder)] for rank in range(ranks)]
     said = [folder / f"rank{rank}.txt" for rank in range(ranks)]
     started = []
-    for command, file in zip(commands, said, strict=True):
-        with file.open(
-            "w"
-        ) as errors:  # no pipe: a compiler's process that outlives its rank would hold its end
-            started.append(subprocess.Popen(command, env=env, stderr=errors))
+    for rank, file in enumerate(said):
+        with file.open("w") as errors:  # no pipe: reading one ends when all who hold it are gone
+            words = [sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder)]
+            started.append(subprocess.Popen(words, env=env, stderr=errors))
+    end = time.monotonic() + 160
     try:
         for process in started:
-            process.wait(timeout=200)
+            process.wait(timeout=max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass  # the codes below say which
     finally:
+        codes = [process.poll() for process in started]
         for process in started:
             process.kill()
-    # The first to fail says why; the others say that their peer is gone.
-    assert all(process.returncode == 0 for process in started), "\n".join(f.read_text()[-3000:] for f in said)
+    if any(codes) or None in codes:
+        return f"exit codes {codes}\n" + "\n".join(file.read_text()[-3000:] for file in said)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
